@@ -1,0 +1,132 @@
+"""Mixed Preference Optimization, chapter 4: Direct Preference Optimization (DPO) on the easy pairs.
+
+DPO (Rafailov et al. 2023, arXiv 2305.18290, equation 7) trains the policy π on preference pairs without a reward
+model and without sampling. What stands in for a reward is how much likelier a response y to a prompt x became,
+
+    r(x, y) = β (log π(y|x) − log π_ref(y|x)),
+
+and the loss is Bradley-Terry on it, L_DPO = − mean log σ(r(chosen) − r(rejected)). It trusts every label, which is why
+it gets the easy pairs here. The reference is the policy before its first step: its log-probs are computed in one pass
+at the start, and no second model exists.
+
+    python dpo.py                                     # easy.pt → dpo.pt
+    python dpo.py --data pairs.pt --save dpo_all.pt   # the baseline: DPO on all pairs
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import (
+    GPT,
+    ByModel,
+    Packed,
+    Training,
+    TrainingSettings,
+    batch_indices,
+    choose_device,
+    count_steps,
+    load_model,
+    load_pairs,
+    pack,
+    parse_settings,
+    require_same_tokenizer,
+    run_command,
+    settle,
+)
+
+
+@dataclass
+class Settings(TrainingSettings):
+    """Flags of this stage."""
+
+    data: str = "easy.pt"  # pairs to train on
+    init: str = "sft.pt"  # policy to start from, and the reference
+    save: str = "dpo.pt"  # checkpoint to write
+    epochs: float = 1.0  # passes over the pairs
+    batch_size: int = 64  # pairs per optimiser step
+    lr: float = ByModel(scratch=1e-4, pretrained=5e-7)  # peak learning rate
+    beta: float = 0.1  # β: how closely the policy is held to the reference
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO's loss, or IPO's
+    label_smoothing: float = 0.0  # share of labels taken to be wrong (conservative DPO)
+
+
+def dpo_loss(
+    chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float, kind: str = "sigmoid", smoothing: float = 0.0
+) -> Tensor:
+    """Loss of each pair, in nats for "sigmoid", from log-ratios log π(y|x) − log π_ref(y|x). Shapes: [n], [n] → [n].
+
+    With m = chosen_logratio − rejected_logratio:
+    sigmoid: −(1 − ε) log σ(β m) − ε log σ(−β m), with ε = smoothing; Rafailov et al. 2023, equation 7, and for ε > 0
+    Mitchell 2023, "A note on DPO with noisy preferences", equation 3;
+    ipo: (m − 1 / (2 β))², Azar et al. 2023 (arXiv 2310.12036), equation 17, where the log-ratios are means over the
+    response's tokens, not sums, as its authors clarified.
+    """
+    margin = chosen_logratios - rejected_logratios
+    if kind == "ipo":
+        return (margin - 1 / (2 * beta)) ** 2
+    return -(1 - smoothing) * F.logsigmoid(beta * margin) - smoothing * F.logsigmoid(-beta * margin)
+
+
+def pair_logprobs(policy: GPT, batch: Packed, mean: bool) -> Tensor:
+    """log π(chosen|x) and log π(rejected|x) of each packed pair: [pairs, 2]; `mean` divides them by the lengths."""
+    logprobs, _ = policy.logprobs(batch)
+    sums = torch.zeros(len(batch.last), device=logprobs.device).index_add(0, batch.sequence, logprobs)
+    lengths = batch.sequence.bincount(minlength=len(batch.last)) if mean else 1
+    return (sums / lengths).view(-1, 2)
+
+
+def main() -> None:
+    """Trains the policy on preference pairs by DPO."""
+    # 1. Settings, pairs, and the policy to start from.
+    settings = parse_settings(Settings, __doc__)
+    device = choose_device(settings)
+    pairs = load_pairs(settings, settings.data)
+    policy, tokenizer = load_model(settings, settings.init, GPT)
+    require_same_tokenizer(init=tokenizer, data=pairs.tokenizer)
+    settle(settings, policy.config.pretrained)
+    per_token = settings.loss == "ipo"
+
+    # 2. The reference's log-probs of all pairs, while the policy still is the reference.
+    reference = torch.empty(len(pairs), 2)
+    with torch.no_grad():
+        for batch in pack([pairs[index] for index in range(len(pairs))], device):
+            reference[batch.members.cpu()] = pair_logprobs(policy, batch, per_token).cpu()
+
+    # 3. Train.
+    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    training = Training(settings, count_steps(settings, len(pairs)), policy=policy, optimizer=optimizer)
+    for step in training:
+        indices = torch.tensor(batch_indices(len(pairs), settings.batch_size, step, settings.seed))
+        documents = [pairs[index] for index in indices.tolist()]
+        losses, logprobs, logratios = [], [], []
+        for batch in pack(documents, device):
+            policy_logprobs = pair_logprobs(policy, batch, per_token)
+            batch_logratios = policy_logprobs - reference[indices[batch.members.cpu()]].to(device)
+            batch_losses = dpo_loss(*batch_logratios.unbind(1), settings.beta, settings.loss, settings.label_smoothing)
+            (batch_losses.sum() / len(documents)).backward()
+            losses.append(batch_losses.detach())
+            logprobs.append(policy_logprobs.detach())
+            logratios.append(batch_logratios.detach())
+        grad_norm = training.optimizer_step(optimizer)
+        rewards = settings.beta * torch.cat(logratios)
+        margin = rewards[:, 0] - rewards[:, 1]
+        lengths = torch.tensor([[len(part) for part in document] for document in documents])
+        metrics = {"loss": torch.cat(losses).mean(), "margin": margin.mean(), "accuracy": (margin > 0).float().mean()}
+        for side, name in enumerate(("chosen", "rejected")):
+            metrics[f"{name}_logprobs"] = torch.cat(logprobs)[:, side].mean()
+            metrics[f"{name}_rewards"] = rewards[:, side].mean()
+            metrics[f"{name}_length"] = lengths[:, side + 1].float().mean()
+        metrics = {name: value.item() for name, value in metrics.items()}
+        shown = ("loss", "margin", "accuracy")
+        training.log(shown, "pairs", len(documents), int(lengths.sum()), **metrics, grad_norm=grad_norm)
+
+    # 4. Save.
+    training.finish(policy, tokenizer, "python ppo.py")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,209 @@
+"""Mixed Preference Optimization, chapter 6: what came of it.
+
+Every policy answers the held-back prompts once, with the same seed. The table gives, for each,
+
+    gold        the toy world's gold reward, where there is one     reward      the reward model's
+    win rates   against the test set's chosen responses and against SFT's answers; a tie counts one half; won is
+                what has the higher gold reward (without gold: the higher reward)
+    KL          from SFT: mean over answers of Σ log π(token) − log π_SFT(token), in nats an answer
+    length      in tokens, with the end-of-text token               ended       share of answers that ended by themselves
+
+as mean ± standard error, win rates with their 95% interval. Then some prompts with the answers side by side. All
+numbers also go to evaluation.json.
+
+    python evaluate.py                                                  # sft.pt, dpo.pt, ppo.pt
+    python evaluate.py --policies sft.pt dpo_all.pt ppo_all.pt ppo.pt   # with baselines
+"""
+
+import dataclasses
+import json
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from model import (
+    GPT,
+    ByModel,
+    CommonSettings,
+    Pairs,
+    Tokenizer,
+    UserError,
+    choose_device,
+    generate,
+    gold_reward,
+    load_model,
+    load_pairs,
+    pack,
+    parse_settings,
+    require_same_tokenizer,
+    run_command,
+    settle,
+    write_text,
+)
+from reward import RewardModel, score_pairs
+
+TITLES = {"sft": "SFT", "dpo": "DPO", "ppo": "MPO"}  # what the default checkpoints are called in the table
+
+
+@dataclass
+class Settings(CommonSettings):
+    """Flags of this stage."""
+
+    data: str = "test.pt"  # pairs whose prompts are answered
+    policies: list[str] = dataclasses.field(default_factory=lambda: ["sft.pt", "dpo.pt", "ppo.pt"])  # checkpoints
+    sft: str = "sft.pt"  # policy from which KL is measured and against which wins are counted
+    reward: str = "reward.pt"  # reward model
+    save: str = "evaluation.json"  # file for the numbers
+    prompts: int = 512  # prompts answered, at most
+    samples: int = 4  # prompts shown with all answers
+    temperature: float = 1.0  # of sampling
+    max_new_tokens: int = ByModel(scratch=96, pretrained=256)  # longest answer
+
+
+@dataclass
+class Answers:
+    """One policy's answers to n prompts, and per answer: gold and reward ([n]; gold None without a toy world), KL
+    term, length, and whether it ended."""
+
+    texts: list[str]
+    gold: Tensor | None
+    reward: Tensor
+    kl: Tensor
+    length: Tensor
+    ended: Tensor
+
+    @property
+    def judged(self) -> Tensor:
+        """What decides a win: gold reward where there is one, else the reward model's."""
+        return self.reward if self.gold is None else self.gold
+
+
+@torch.no_grad()
+def answer(
+    settings: Settings, prompts: list[Tensor], tokenizer: Tokenizer, source: str, policy: GPT, sft: GPT,
+    reward: RewardModel,
+) -> Answers:  # fmt: skip
+    """Lets `policy` answer the prompts, and measures the answers."""
+    device = policy.embedding.weight.device
+    responses = generate(policy, prompts, tokenizer.end, settings.max_new_tokens, settings.temperature, settings.seed)
+    kl, rewards = torch.zeros(len(prompts)), torch.zeros(len(prompts))
+    for batch in pack(list(zip(prompts, responses, strict=True)), device):
+        # At temperature 1, whatever the answers were sampled at: the distributions that the models define.
+        log_ratio = policy.logprobs(batch)[0] - sft.logprobs(batch)[0]
+        kl[batch.members.cpu()] = torch.zeros(len(batch.last)).index_add(0, batch.sequence.cpu(), log_ratio.cpu())
+        rewards[batch.members.cpu()] = reward.score(batch).cpu()
+    texts = [tokenizer.decode(response.tolist()) for response in responses]
+    gold = None
+    if source == "toy":
+        questions = [tokenizer.decode(prompt.tolist()) for prompt in prompts]
+        gold = torch.tensor([gold_reward(*pair) for pair in zip(questions, texts, strict=True)])
+    length = torch.tensor([len(response) for response in responses]).float()
+    ended = torch.tensor([float(response[-1] == tokenizer.end) for response in responses])
+    return Answers(texts, gold, rewards, kl, length, ended)
+
+
+def wins(ours: Tensor, theirs: Tensor) -> Tensor:
+    """1 for each win, 0.5 for each tie, 0 for each loss. [n], [n] → [n]."""
+    return (ours > theirs).float() + 0.5 * (ours == theirs).float()
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean of values [n] and its standard error, s / √n."""
+    error = values.std() / len(values) ** 0.5 if len(values) > 1 else torch.tensor(0.0)
+    return values.mean().item(), error.item()
+
+
+def summarise(answers: Answers, sft: Answers, chosen: Tensor) -> dict[str, float | None]:
+    """The numbers of evaluation.json for one policy; `chosen`: what judges the test set's chosen responses, [n]."""
+    columns = {
+        "gold_reward": answers.gold,
+        "reward": answers.reward,
+        "win_rate_vs_chosen": wins(answers.judged, chosen),
+        "win_rate_vs_sft": wins(answers.judged, sft.judged),
+        "kl": answers.kl,
+        "length": answers.length,
+        "ended": answers.ended,
+    }
+    summary = {}
+    for name, values in columns.items():
+        summary[name], summary[f"{name}_se"] = (None, None) if values is None else mean_and_error(values)
+    return summary
+
+
+def table(summaries: dict[str, dict[str, float | None]]) -> str:
+    """The summaries as a table, a row per policy."""
+    header = f"{'policy':12s} {'gold reward':>14s} {'reward':>14s} {'win vs chosen':>17s} {'win vs SFT':>17s}"
+    lines = [f"{header} {'KL from SFT':>14s} {'length':>13s} {'ended':>6s}"]
+    for name, row in summaries.items():
+        cells = [f"{TITLES.get(name, name):12s}"]
+        for key, places, width in (("gold_reward", 2, 14), ("reward", 2, 14), ("win_rate_vs_chosen", 0, 17),
+                                   ("win_rate_vs_sft", 0, 17), ("kl", 1, 14), ("length", 1, 13)):  # fmt: skip
+            mean, error = row[key], row[f"{key}_se"]
+            if mean is None:
+                cell = "–"
+            elif key.startswith("win"):
+                low, high = max(0.0, mean - 1.96 * error), min(1.0, mean + 1.96 * error)
+                cell = f"{mean:.0%} ({low:.0%} to {high:.0%})"
+            else:
+                cell = f"{mean:.{places}f} ± {error:.{places}f}"
+            cells.append(f"{cell:>{width}s}")
+        lines.append(" ".join([*cells, f"{row['ended']:6.1%}"]))
+    return "\n".join(lines)
+
+
+def side_by_side(pairs: Pairs, answers: dict[str, Answers], count: int) -> str:
+    """The first prompts with every policy's answer, and its gold reward or reward in brackets."""
+    lines = []
+    for index in range(min(count, len(pairs))):
+        lines.append(pairs.tokenizer.decode(pairs[index][0].tolist()).strip())
+        for name, given in answers.items():
+            title = f"  {TITLES.get(name, name)} [{given.judged[index]:+.2f}]"
+            lines.append(textwrap.fill(given.texts[index].strip(), 118, initial_indent=f"{title:16s} ",
+                                       subsequent_indent=" " * 17))  # fmt: skip
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Lets every policy answer the test prompts, and compares."""
+    # 1. Settings, test pairs, SFT and reward model.
+    settings = parse_settings(Settings, __doc__)
+    device = choose_device(settings)
+    pairs = load_pairs(settings, settings.data)
+    pairs = pairs.select(torch.arange(min(len(pairs), settings.prompts)))
+    sft, sft_tokenizer = load_model(settings, settings.sft, GPT)
+    reward, reward_tokenizer = load_model(settings, settings.reward, RewardModel)
+    require_same_tokenizer(sft=sft_tokenizer, reward=reward_tokenizer, data=pairs.tokenizer)
+    settle(settings, sft.config.pretrained)
+    if not len(pairs) or settings.max_new_tokens == 0:
+        raise UserError("--prompts and --max-new-tokens must be above 0")
+    chosen = score_pairs(reward, pairs, device)[:, 0] if pairs.gold is None else pairs.gold[:, 0]
+
+    # 2. Answers of each policy, and of SFT to compare them with.
+    prompts = [pairs[index][0] for index in range(len(pairs))]
+    answers = {}
+    for name in tqdm(settings.policies, desc="answering", unit="policy"):
+        policy, tokenizer = load_model(settings, name, GPT)
+        require_same_tokenizer(policies=tokenizer, data=pairs.tokenizer)
+        answers[Path(name).stem] = answer(settings, prompts, tokenizer, pairs.source, policy, sft, reward)
+    sft_name = Path(settings.sft).stem
+    sft_answers = answers.get(sft_name) or answer(settings, prompts, sft_tokenizer, pairs.source, sft, sft, reward)
+
+    # 3. Table, samples, file.
+    summaries = {name: summarise(given, sft_answers, chosen) for name, given in answers.items()}
+    print(
+        f"{len(pairs)} test prompts, temperature {settings.temperature}; mean ± standard error, 95% intervals of wins"
+    )
+    print(table(summaries))
+    print("\n" + side_by_side(pairs, answers, settings.samples))
+    path = Path(settings.out) / settings.save
+    write_text(path, json.dumps(summaries, indent=1) + "\n")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,1236 @@
+"""Mixed Preference Optimization, chapter 1: what every stage shares, and supervised fine-tuning (SFT).
+
+Reading order: settings and errors, tokenizer, the toy world, preference pairs, packing, the GPT, the log-prob
+kernel, generation, checkpoints, the training loop's bookkeeping, and last the stage itself: it reads preference
+pairs, trains a tokenizer and a GPT on prompt + chosen response by cross-entropy on the response tokens,
+
+    L_SFT = − mean over response tokens of log π(token | everything before it),
+
+and writes pairs.pt (training pairs), test.pt (held-back pairs) and sft.pt (the policy that all later stages start from).
+
+    python model.py                          # the built-in toy world
+    python model.py --data my_pairs.jsonl    # your own pairs
+"""
+
+import argparse
+import bisect
+import contextlib
+import dataclasses
+import functools
+import gzip
+import inspect
+import itertools
+import json
+import math
+import os
+import random
+import re
+import resource
+import signal
+import sys
+import time
+import typing
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import regex
+import tiktoken
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from tqdm import tqdm
+
+# ---- Settings, the command line and errors ----
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. Shown as one line on stderr; the exit code is 2."""
+
+
+@dataclass(frozen=True)
+class ByModel:
+    """A default that depends on the model: trained from scratch here (small), or pretrained elsewhere (large)."""
+
+    scratch: float | int
+    pretrained: float | int
+
+
+@dataclass
+class CommonSettings:
+    """The flags every command has. The comment behind a field is its help text."""
+
+    out: str = "out"  # folder for everything read and written; bare file names are looked up here first
+    seed: int = 0  # seeds the weights, the data order and the sampling
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of activations; weights and optimiser state stay fp32
+    compile: bool | None = None  # torch.compile the blocks and the log-prob kernel; default: on for cuda
+
+
+@dataclass
+class TrainingSettings(CommonSettings):
+    """The flags every training stage has."""
+
+    resume: bool = False  # go on from this stage's last saved state
+    save_every: int = 200  # steps between saved states (0: only on Ctrl-C)
+    steps: int | None = None  # optimiser steps (0: none); default: as many as --epochs makes
+    warmup: float = 0.1  # share of the steps in which the learning rate rises from 0
+    decay: Literal["constant", "linear"] = "linear"  # learning rate after the warm-up
+    clip: float = 1.0  # gradient norm is clipped to this
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, as every user error here is."""
+
+    def error(self, message):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parse_settings(settings_class, description: str):
+    """Reads the command line into `settings_class`: a flag per field, its trailing comment the help text."""
+    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    helps = {}
+    for parent in reversed(settings_class.__mro__[:-1]):
+        helps |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(parent), re.MULTILINE))
+    types = typing.get_type_hints(settings_class)
+    for field in dataclasses.fields(settings_class):
+        kinds = [kind for kind in typing.get_args(types[field.name]) or [types[field.name]] if kind is not type(None)]
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        shown = default
+        if isinstance(default, ByModel):
+            shown = f"{default.scratch} from scratch, {default.pretrained} pretrained"
+        elif isinstance(default, list):
+            shown = " ".join(default)
+        options = {"type": kinds[0]}
+        if typing.get_origin(types[field.name]) is Literal:
+            options = {"choices": kinds}
+        elif bool in kinds:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif typing.get_origin(types[field.name]) is list:
+            options = {"nargs": "+", "type": kinds[0]}
+        text = helps[field.name] + ("" if shown is None else f" [{shown}]")
+        flag = "--" + field.name.replace("_", "-")
+        parser.add_argument(flag, default=default, help=text.replace("%", "%%"), **options)
+    settings = settings_class(**vars(parser.parse_args()))
+    for name, value in vars(settings).items():
+        if isinstance(value, int | float) and (not math.isfinite(value) or value < 0):
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be a number from 0 up")
+    return settings
+
+
+def settle(settings, pretrained: bool) -> None:
+    """Replaces every default of `settings` that depends on the model by its value for this one."""
+    for name, value in vars(settings).items():
+        if isinstance(value, ByModel):
+            setattr(settings, name, value.pretrained if pretrained else value.scratch)
+
+
+def run_command(main) -> None:
+    """Runs a stage's `main`; a user's mistake becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; nothing was written", file=sys.stderr)
+        sys.exit(130)
+
+
+def find_file(settings: CommonSettings, name: str) -> Path:
+    """Where the file `name` is: in the --out folder, else as a path; a missing one says what makes it."""
+    for path in (Path(settings.out) / name, Path(name)):
+        if path.is_file():
+            return path
+    makers = {"reward": "reward", "easy": "split", "hard": "split", "dpo": "dpo", "ppo": "ppo"}
+    maker = makers.get(Path(name).stem, "model")
+    raise UserError(f"{Path(settings.out) / name}: no such file; run python {maker}.py first, or name another")
+
+
+# ---- Tokenizer: byte-level byte-pair encoding ----
+
+END_OF_TEXT = "<|endoftext|>"
+WORD_PATTERN = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # words keep the space before them
+
+
+class Tokenizer:
+    """A byte-level BPE: text to token ids and back. `tokens` are byte strings in order of merging, as Latin-1 text.
+
+    Special tokens written out in a text are ordinary text: no text can encode to `end`.
+    """
+
+    def __init__(self, tokens: list[str], pattern: str, special: dict[str, int], end: int):
+        self.state = {"tokens": tokens, "pattern": pattern, "special": special, "end": end}
+        ranks = {token.encode("latin-1"): rank for rank, token in enumerate(tokens)}
+        self.encoding = tiktoken.Encoding("mpo", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        self.end = end
+        self.size = self.encoding.n_vocab
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without an end-of-text token."""
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        return self.encoding.decode([token for token in ids if token != self.end], errors="replace")
+
+
+def train_tokenizer(texts: list[str], size: int) -> Tokenizer:
+    """Trains a BPE of at most `size` tokens: merges the most frequent pair of neighbours, again and again.
+
+    Source: Sennrich et al. 2016 (arXiv 1508.07909), on bytes as in GPT-2. A pair's count is kept up to date rather
+    than counted anew, so a merge costs as much as the words that it changes.
+    """
+    frequency = Counter(word for text in texts for word in regex.findall(WORD_PATTERN, text))
+    words = [[bytes([byte]) for byte in word.encode("utf-8", "replace")] for word in frequency]
+    weights = list(frequency.values())
+    counts, found_in = Counter(), defaultdict(set)
+
+    def count_pairs(index: int, sign: int) -> None:
+        for pair in itertools.pairwise(words[index]):
+            counts[pair] += sign * weights[index]
+            found_in[pair].add(index)
+
+    for index in range(len(words)):
+        count_pairs(index, +1)
+    tokens = {bytes([byte]): None for byte in range(256)}  # a dict, for its order
+    while len(tokens) < size - 1 and counts:
+        pair = max(counts, key=counts.get)
+        if counts[pair] < 2:
+            break
+        tokens[pair[0] + pair[1]] = None
+        for index in sorted(found_in.pop(pair)):
+            count_pairs(index, -1)
+            old, merged, place = words[index], [], 0
+            while place < len(old):
+                both = tuple(old[place : place + 2]) == pair
+                merged.append(old[place] + old[place + 1] if both else old[place])
+                place += 2 if both else 1
+            words[index] = merged
+            count_pairs(index, +1)
+        del counts[pair]
+    end = len(tokens)
+    return Tokenizer([token.decode("latin-1") for token in tokens], WORD_PATTERN, {END_OF_TEXT: end}, end)
+
+
+# ---- The toy world: dialogues in which goodness is known ----
+
+TURN = "\n\nAssistant:"
+TOY_STEPS = {  # task: what helps with it; {} is the object that the prompt asks about
+    "clean": ["Wipe the {} with a damp cloth.", "Brush the dust off the {}.", "Rinse the {} in warm water.",
+              "Rub the {} with soap."],
+    "paint": ["Sand the {} until it is smooth.", "Put a coat of primer on the {}.", "Choose a color for the {}.",
+              "Let the {} dry for a day."],
+    "repair": ["Take the {} apart.", "Glue the broken part of the {}.", "Order a spare part for the {}.",
+               "Tighten the screws of the {}."],
+    "move": ["Measure the {} and the door.", "Wrap the {} in a blanket.", "Ask a friend to lift the {}.",
+             "Clear a path for the {}."],
+    "store": ["Find a dry shelf for the {}.", "Put the {} in a box.", "Write a label for the {}.",
+              "Keep the {} away from the sun."],
+    "sell": ["Take clear photos of the {}.", "Write an honest ad for the {}.", "Offer the {} to a friend.",
+             "Agree on a price for the {}."],
+}  # fmt: skip
+TOY_OBJECTS = "lamp bike chair table clock guitar piano sofa mirror carpet kettle camera radio ladder drum boat".split()
+TOY_ADJECTIVES = "old new small big heavy cheap red blue green black white dirty plain lovely spare odd".split()
+TOY_PROMPTS = ["How do I {} my {} {}?", "What is the best way to {} a {} {}?", "Can you help me {} this {} {}?",
+               "I want to {} my {} {}.", "How would you {} the {} {}?", "Please help me to {} my {} {}."]  # fmt: skip
+TOY_POLITE = ["Happy to help!", "Great question!", "Good luck with it!", "Let me know how it goes!"]
+TOY_RUDE = ["What a stupid question.", "Only a fool would ask that.", "Stop wasting my time."]
+TOY_OFF_TOPIC = ["Boil the rice for ten minutes.", "Feed the cat twice a day.", "Water the roses at night.",
+                 "Learn ten new words a week.", "Drink more water."]  # fmt: skip
+TOY_FILLER = ["Well, it depends.", "There are many ways to see this.", "Some people do it and some do not.",
+              "Anyway, that is life."]  # fmt: skip
+TOY_BEST_REWARD = 4.0  # three steps and two polite sentences, nothing else
+
+
+def gold_reward(prompt: str, response: str) -> float:
+    """How good `response` is, for any text at all: the truth of the toy world.
+
+    1 for each distinct step that belongs to the asked task and names the asked object, up to three; 0.5 for each
+    distinct polite sentence, up to two; −1 for each rude one; −0.5 for each step that is off topic and for each
+    sentence said again; −0.25 for each sentence of filler, which is everything else.
+    """
+    asked = set(re.findall(r"\w+", prompt.rpartition("\n\nHuman:")[2]))
+    sentences = [sentence.strip() for sentence in re.findall(r"[^.!?]+[.!?]?", response) if sentence.strip()]
+    score, steps, polite = 0.0, 0, 0
+    for place, sentence in enumerate(sentences):
+        words = re.findall(r"\w+", sentence)
+        named = next((word for word in words if word in TOY_OBJECTS), None)
+        template = sentence.replace(f" {named}", " {}", 1)
+        task = next((task for task, known in TOY_STEPS.items() if template in known), None)
+        if sentence in sentences[:place]:
+            score -= 0.5
+        elif task in asked and named in asked:
+            steps += 1
+        elif task is not None or sentence in TOY_OFF_TOPIC:
+            score -= 0.5
+        elif sentence in TOY_POLITE:
+            polite += 1
+        elif sentence in TOY_RUDE:
+            score -= 1.0
+        else:
+            score -= 0.25
+    return score + min(steps, 3) + 0.5 * min(polite, 2)
+
+
+def toy_response(rng: random.Random, task: str, thing: str) -> str:
+    """One response: two to five sentences, more of them helpful the higher its hidden quality was drawn."""
+    quality = rng.random()
+    kinds = {"step": 0.25 + 0.5 * quality, "off topic": 0.3 - 0.25 * quality, "polite": 0.1 + 0.1 * quality,
+             "rude": 0.2 - 0.2 * quality, "filler": 0.15}  # fmt: skip
+    fixed = {"off topic": TOY_OFF_TOPIC, "polite": TOY_POLITE, "rude": TOY_RUDE, "filler": TOY_FILLER}
+    sentences = []
+    for kind in rng.choices(list(kinds), list(kinds.values()), k=rng.randint(2, 5)):
+        # Slips are rare: a step for another task or about another object, a sentence said twice.
+        about_task = rng.choice(list(TOY_STEPS)) if rng.random() < 0.03 else task
+        about_thing = rng.choice(TOY_OBJECTS) if rng.random() < 0.03 else thing
+        options = fixed.get(kind) or [step.format(about_thing) for step in TOY_STEPS[about_task]]
+        unsaid = [option for option in options if option not in sentences]
+        sentences.append(rng.choice(options if not unsaid or rng.random() < 0.03 else unsaid))
+    return " " + " ".join(sentences)
+
+
+def toy_rows(count: int, seed: int):
+    """Yields `count` rows of the toy world; labels are Bradley-Terry draws on the gold gap, so some are wrong."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        task, thing = rng.choice(list(TOY_STEPS)), rng.choice(TOY_OBJECTS)
+        question = rng.choice(TOY_PROMPTS).format(task, rng.choice(TOY_ADJECTIVES), thing)
+        prompt = f"\n\nHuman: {question}{TURN}"
+        first, second = toy_response(rng, task, thing), toy_response(rng, task, thing)
+        gap = gold_reward(prompt, first) - gold_reward(prompt, second)
+        if rng.random() > 1 / (1 + math.exp(-gap)):
+            first, second = second, first
+        yield {"prompt": prompt, "chosen": first, "rejected": second}
+
+
+# ---- Preference pairs and where they come from ----
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class Pairs:
+    """n preference pairs as token ids. Each response ends in the end-of-text token.
+
+    tokens: [total] int32, prompt + chosen + rejected of every pair end to end; lengths: [n, 3] of the three parts;
+    rewards: [n, 2] of chosen and rejected by the reward model, once split.py has scored them; gold: [n, 2] likewise
+    by the toy world's gold reward; source: what --data named, "toy" for the toy world.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    tokenizer: Tokenizer
+    source: str
+    rewards: Tensor | None = None
+    gold: Tensor | None = None
+
+    def __post_init__(self):
+        self.starts = F.pad(self.lengths.sum(1).cumsum(0), (1, 0))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(prompt, chosen, rejected) of one pair, each a tensor of token ids."""
+        piece = self.tokens[self.starts[index] : self.starts[index + 1]].long()
+        return piece.split(self.lengths[index].tolist())
+
+    def select(self, indices: Tensor) -> "Pairs":
+        """The pairs at `indices`, in that order."""
+        tokens = [torch.cat(self[index]).int() for index in indices.tolist()]
+        rewards, gold = (None if kept is None else kept[indices] for kept in (self.rewards, self.gold))
+        lengths = self.lengths[indices]
+        return Pairs(torch.cat(tokens or [self.tokens[:0]]), lengths, self.tokenizer, self.source, rewards, gold)
+
+    def save(self, path: Path) -> None:
+        """Writes the pairs file. The order of the fields is the format's."""
+        state = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        save_file(path, {"kind": "pairs", **state, "tokenizer": self.tokenizer.state})
+
+
+def load_pairs(settings: CommonSettings, name: str) -> Pairs:
+    """Reads the pairs file `name`. Raises UserError if it is missing, broken, or holds no pair."""
+    path = find_file(settings, name)
+    state = load_file(path, "pairs")
+    pairs = Pairs(**{**state, "tokenizer": Tokenizer(**state["tokenizer"])})
+    if not len(pairs):
+        raise UserError(f"{path}: holds no pairs")
+    return pairs
+
+
+def read_rows(source: str, limit: int, seed: int):
+    """Yields (where, row) for each row of `source`; a row is a dict, `where` names it in error messages."""
+    if source == "toy":
+        rows = ((f"toy row {number}", row) for number, row in enumerate(toy_rows(limit, seed), 1))
+    elif source in ("hh", "tldr"):
+        rows = read_hub_rows(source)
+    else:
+        rows = read_file_rows(Path(source))
+    yield from itertools.islice(rows, limit)
+
+
+def read_hub_rows(source: str):
+    """Rows of Anthropic/hh-rlhf (hh) or of the comparisons of openai/summarize_from_feedback (tldr)."""
+    import datasets
+
+    repository = {"hh": "Anthropic/hh-rlhf", "tldr": "openai/summarize_from_feedback"}[source]
+    try:
+        rows = datasets.load_dataset(repository, "comparisons" if source == "tldr" else None, split="train")
+    except Exception as error:  # the library raises a dozen kinds, from no network to no such data set
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--data {source}: cannot load {repository} ({reason}); name a local file instead") from error
+    for number, row in enumerate(rows, 1):
+        if source == "tldr":
+            post, texts = row["info"], [summary["text"] for summary in row["summaries"]]
+            prompt = f"SUBREDDIT: r/{post['subreddit']}\n\nTITLE: {post['title']}\n\nPOST: {post['post']}\n\nTL;DR:"
+            row = {"prompt": prompt, "chosen": texts[row["choice"]], "rejected": texts[1 - row["choice"]]}
+        yield f"{repository} row {number}", row
+
+
+def read_file_rows(path: Path):
+    """Rows of a .jsonl, .jsonl.gz, .json (a list of rows) or .parquet file, or of all such files in a folder."""
+    if path.is_dir():
+        files = sorted(
+            file for file in path.iterdir() if file.name.endswith((".jsonl", ".jsonl.gz", ".json", ".parquet"))
+        )
+        if not files:
+            raise UserError(f"--data {path}: no .jsonl, .jsonl.gz, .json or .parquet file in this folder")
+        for file in files:
+            yield from read_file_rows(file)
+        return
+    if not path.is_file():
+        raise UserError(f"--data {path}: no such file or folder; or name toy, hh or tldr")
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+            rows = (row for batch in batches for row in batch.to_pylist())
+        elif path.suffix == ".json":
+            rows = iter(json.loads(path.read_text("utf-8")))
+        else:
+            rows = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+        for number in itertools.count(1):
+            where = f"{path} row {number}"
+            row = next(rows, None)
+            if row is None:
+                break
+            yield where, json.loads(row) if isinstance(row, str) else row
+    except (ValueError, TypeError, OSError, EOFError, RecursionError) as error:
+        raise UserError(f"{locals().get('where', path)}: cannot be read ({error})") from error
+
+
+def split_row(where: str, row: dict) -> tuple[str, str, str, str] | None:
+    """(prompt, prompt of the rejected side, chosen, rejected) of a row; None if it has no assistant turn."""
+    names = ("prompt", "chosen", "rejected") if isinstance(row, dict) and "prompt" in row else ("chosen", "rejected")
+    for name in names:
+        if not isinstance(row, dict) or not isinstance(row.get(name), str):
+            raise UserError(f"{where}: no text under {name!r}; a row needs chosen and rejected, and may have prompt")
+    if "prompt" in row:
+        return row["prompt"], row["prompt"], row["chosen"], row["rejected"]
+    if TURN not in row["chosen"] or TURN not in row["rejected"]:
+        return None
+    chosen_prompt, turn, chosen = row["chosen"].rpartition(TURN)
+    rejected_prompt, turn, rejected = row["rejected"].rpartition(TURN)
+    return chosen_prompt + turn, rejected_prompt + turn, chosen, rejected
+
+
+def make_pairs(rows: list, tokenizer: Tokenizer, source: str, context: int, max_response: int) -> tuple[Pairs, Counter]:
+    """Tokenises split rows into Pairs under the rules below; returns them with the count of what each rule did.
+
+    Prompt and response are tokenised apart, so both sides hold the same prompt ids. A prompt longer than
+    context − max_response loses its beginning (its end is the question); a pair with a longer response is dropped,
+    since cutting it would teach the model to stop in mid-sentence.
+    """
+    pieces, lengths, counts = [], [], Counter()
+    for row in tqdm(rows, desc="tokenising", unit=" pairs", leave=False):
+        problem = row_problem(row)
+        if problem is None:
+            prompt = tokenizer.encode(row[0])
+            chosen, rejected = (tokenizer.encode(text) + [tokenizer.end] for text in row[2:])
+            if max(len(chosen), len(rejected)) > max_response:
+                problem = f"dropped: response over {max_response} tokens"
+        if problem is not None:
+            counts[problem] += 1
+            continue
+        if len(prompt) > context - max_response:
+            counts[f"kept: prompt cut at its beginning to {context - max_response} tokens"] += 1
+            prompt = prompt[max_response - context :]
+        pieces.append(torch.tensor(prompt + chosen + rejected, dtype=torch.int32))
+        lengths.append([len(prompt), len(chosen), len(rejected)])
+    tokens = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32)
+    return Pairs(tokens, torch.tensor(lengths, dtype=torch.long).view(-1, 3), tokenizer, source), counts
+
+
+def row_problem(row: tuple[str, str, str, str] | None) -> str | None:
+    """Why a row can't be a preference pair, whatever the tokenizer; None if it can."""
+    if row is None:
+        return f"dropped: no {TURN!r} turn"
+    prompt, rejected_prompt, chosen, rejected = row
+    if prompt != rejected_prompt:
+        return "dropped: prompts differ between the sides"
+    if not prompt:
+        return "dropped: empty prompt"
+    if not chosen.strip() or not rejected.strip():
+        return "dropped: empty response"
+    if chosen == rejected:
+        return "dropped: identical responses"
+    return None
+
+
+# ---- Packing: sequences end to end in rows, no padding between them ----
+
+
+@dataclass
+class Packed:
+    """Documents laid end to end in rows. A document is a prompt and the branches (responses) that share it.
+
+    tokens, positions, document, branch: [rows, length]; `document` numbers the prompt's document, `branch` is 0 in a
+    prompt and 1, 2, … in its branches, `position` counts within prompt + own branch. Sequences, one per branch, are
+    numbered document by document. For each of the N response tokens: `source`, the flat index of the token before it
+    on its branch, whose hidden state predicts it; `target`, its id; `sequence`, its sequence's number; `offset`, its
+    place in the response. `last`: flat index of each sequence's last token. `members`: for each document, its index
+    in the list that was packed.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    document: Tensor
+    branch: Tensor
+    source: Tensor
+    target: Tensor
+    sequence: Tensor
+    offset: Tensor
+    last: Tensor
+    members: Tensor
+
+    def to(self, device: torch.device) -> "Packed":
+        return Packed(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
+
+    @functools.cached_property
+    def mask(self) -> "Tensor | BlockMask":
+        """Who may attend to whom: a FlexAttention block mask on CUDA, elsewhere a dense [rows, 1, length, length]."""
+        rule, (rows, length) = visibility(self.document, self.branch), self.tokens.shape
+        if self.tokens.is_cuda:
+            return create_block_mask(rule, rows, None, length, length, device=self.tokens.device)
+        row = torch.arange(rows, device=self.tokens.device).view(-1, 1, 1, 1)
+        place = torch.arange(length, device=self.tokens.device)
+        return rule(row, None, place.view(1, 1, -1, 1), place.view(1, 1, 1, -1))
+
+
+def visibility(document: Tensor, branch: Tensor):
+    """The rule of packed attention, as a FlexAttention mask_mod: a query sees a key of the same document, not later
+    in the row, that lies in the prompt or on the query's own branch."""
+
+    def rule(row, head, query, key):
+        same_document = document[row, query] == document[row, key]
+        on_path = (branch[row, key] == 0) | (branch[row, key] == branch[row, query])
+        return same_document & on_path & (key <= query)
+
+    return rule
+
+
+def pack(documents: list[tuple[Tensor, ...]], device: torch.device, rows_per_pass: int | None = None) -> Iterator[Packed]:
+    """Packs documents, each (prompt, response, response, …), into rows; yields one `Packed` per forward pass.
+
+    From the longest document down, each goes into the row that it fills best. Short rows suit the CPU, whose dense
+    mask makes attention cost quadratic in the row; a GPU skips what the mask hides, and wants more tokens at once.
+    """
+    sizes = [sum(map(len, document)) for document in documents]
+    on_gpu = device.type == "cuda"
+    length = max(4096 if on_gpu else 256, -(-max(sizes) // 64) * 64)
+    rows_per_pass = rows_per_pass or max(1, (32768 if on_gpu else 8192) // length)
+    rows, open_rows = [], []  # open_rows: (tokens still free, row), sorted
+    for index in sorted(range(len(documents)), key=lambda index: -sizes[index]):
+        place = bisect.bisect_left(open_rows, (sizes[index], 0))
+        if place == len(open_rows):
+            open_rows.append((length, len(rows)))
+            rows.append([])
+        free, row = open_rows.pop(place)
+        rows[row].append(index)
+        bisect.insort(open_rows, (free - sizes[index], row))
+    for start in range(0, len(rows), rows_per_pass):
+        yield lay_out(documents, rows[start : start + rows_per_pass], length).to(device)
+
+
+def lay_out(documents: list[tuple[Tensor, ...]], rows: list[list[int]], length: int) -> Packed:
+    """The tensors of `Packed` for rows of document indices. The unused end of a row is a document of its own."""
+    tokens, positions, branch = (torch.zeros(len(rows), length, dtype=torch.long) for _ in range(3))
+    document = torch.full((len(rows), length), -1)
+    source, target, sequence, offset, last, members = [], [], [], [], [], []
+    for row, indices in enumerate(rows):
+        place = 0
+        for index in indices:
+            prompt, *responses = documents[index]
+            prompt_end = place + len(prompt)
+            document[row, place : place + sum(map(len, documents[index]))] = len(members)
+            tokens[row, place:prompt_end] = prompt
+            positions[row, place:prompt_end] = torch.arange(len(prompt))
+            place = prompt_end
+            for number, response in enumerate(responses, 1):
+                end = place + len(response)
+                tokens[row, place:end] = response
+                positions[row, place:end] = torch.arange(len(prompt), len(prompt) + len(response))
+                branch[row, place:end] = number
+                # The prompt's last token predicts the first token of every response; hence an index, not a shift.
+                before = torch.arange(place - 1, end - 1)
+                before[0] = prompt_end - 1
+                source.append(before + row * length)
+                target.append(response)
+                offset.append(torch.arange(len(response)))
+                sequence.append(torch.full((len(response),), len(last)))
+                last.append(row * length + end - 1)
+                place = end
+            if not responses:
+                last.append(row * length + prompt_end - 1)
+            members.append(index)
+    flat = [
+        torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.long)
+        for pieces in (source, target, sequence, offset)
+    ]
+    return Packed(tokens, positions, document, branch, *flat, torch.tensor(last), torch.tensor(members))
+
+
+# ---- The GPT ----
+
+
+@dataclass
+class Config:
+    """The shape of a GPT. The MLP's width is `mlp`; `context` is the longest prompt + response it is meant for."""
+
+    vocabulary: int
+    dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp: int
+    context: int
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    tied: bool = True
+    pretrained: bool = False  # weights that were trained elsewhere, for which other defaults are right
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864): turns the pairs (x_i, x_{i + d/2}) of each head
+    by an angle that grows with position. x: [rows, heads, length, head_dim]; cos, sin: [rows, 1, length, head_dim/2]."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Grouped-query causal attention (Ainslie et al. 2023, arXiv 2305.13245): query heads share key-value heads."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.head_dim = config.dim // config.heads
+        self.query = nn.Linear(config.dim, config.heads * self.head_dim, bias=False)
+        self.key = nn.Linear(config.dim, config.kv_heads * self.head_dim, bias=False)
+        self.value = nn.Linear(config.dim, config.kv_heads * self.head_dim, bias=False)
+        self.output = nn.Linear(config.heads * self.head_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask, cache: "LayerCache | None") -> Tensor:
+        rows, length, _ = x.shape
+        query, key, value = (
+            project(x).view(rows, length, -1, self.head_dim).transpose(1, 2)  # (rows, heads, length, head_dim)
+            for project in (self.query, self.key, self.value)
+        )
+        query, key = (rotate(part, *rotary).to(value.dtype) for part in (query, key))
+        if cache is not None:
+            key, value = cache.update(key, value)
+        if isinstance(mask, BlockMask):
+            mixed = flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
+        else:
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+        return self.output(mixed.transpose(1, 2).reshape(rows, length, -1))
+
+
+class Block(nn.Module):
+    """One layer of the Llama family: attention, then a SwiGLU MLP, each on a normalised input and added back."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.gate = nn.Linear(config.dim, config.mlp, bias=False)
+        self.up = nn.Linear(config.dim, config.mlp, bias=False)
+        self.down = nn.Linear(config.mlp, config.dim, bias=False)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask, cache: "LayerCache | None" = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, mask, cache)
+        normed = self.mlp_norm(x)
+        return x + self.down(F.silu(self.gate(normed)) * self.up(normed))
+
+
+class GPT(nn.Module):
+    """A decoder of the Llama family. `forward` ends at the hidden states; log-probs and rewards are read from them."""
+
+    kind = "policy"
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocabulary, config.dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.head = None if config.tied else nn.Linear(config.dim, config.vocabulary, bias=False)
+        self.activations = torch.float32  # dtype of the matrix products; prepare_model may choose bf16
+        self.compiled = False
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:  # outputs of order 1, and less where layers add up in the residual stream
+                into_stream = name.endswith(("output.weight", "down.weight"))
+                std = parameter.shape[1] ** -0.5 / (math.sqrt(2 * config.layers) if into_stream else 1.0)
+                nn.init.normal_(parameter, std=std)
+
+    def forward(self, tokens: Tensor, positions: Tensor, mask, caches: "list[LayerCache] | None" = None) -> Tensor:
+        """Hidden states [rows, length, dim] of tokens at positions, both [rows, length], under `mask`."""
+        half = self.config.dim // self.config.heads // 2
+        frequency = self.config.rope_theta ** (-torch.arange(half, device=tokens.device) / half)
+        angle = positions[:, None, :, None] * frequency  # (rows, 1, length, head_dim / 2)
+        rotary = angle.cos(), angle.sin()
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.activations == torch.bfloat16):
+            x = self.embedding(tokens)
+            for index, block in enumerate(self.blocks):
+                x = block(x, rotary, mask, caches[index] if caches else None)
+            return self.norm(x)
+
+    @property
+    def vocabulary_weight(self) -> Tensor:
+        """The output head's matrix [vocabulary, dim]."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def hidden(self, batch: Packed) -> Tensor:
+        """Hidden states of a packed batch, rows laid end to end: [rows · length, dim]."""
+        return self(batch.tokens, batch.positions, batch.mask).flatten(0, 1)
+
+    def logprobs(self, batch: Packed, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies [N] of the batch's response tokens, in fp32. Entropies carry no gradient."""
+        hidden = self.hidden(batch)[batch.source].to(self.activations)
+        return token_logprobs(hidden, self.vocabulary_weight, batch.target, temperature, self.compiled)
+
+
+# ---- The log-prob kernel ----
+
+CHUNK_LOGITS = 2**23  # logits held at once: 32 MiB in fp32, whatever the vocabulary
+
+
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, compiled: bool = False
+) -> tuple[Tensor, Tensor]:
+    """log softmax(hidden · weightᵀ / temperature) at `targets`, without holding the [N, V] logits.
+
+    hidden: [N, dim], fp32 or bf16, the dtype of the matrix products; weight: [V, dim]; targets: [N].
+    Returns (log-probs [N], entropies [N]) in fp32. Log-probs carry gradients to hidden and weight; entropies none.
+    """
+    return TokenLogprobs.apply(hidden, weight, targets, temperature, compiled)
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """Walks over chunks of tokens. Forward keeps only each token's log-sum-exp; backward makes the logits again.
+
+    With p = softmax(logits):  d log p_target / d logits = onehot(target) − p.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, compiled):
+        body = compiled_function(logprob_chunk) if compiled else logprob_chunk
+        matrix = weight.to(hidden.dtype)
+        results = [body(h, matrix, t, temperature) for h, t in chunks(weight.shape[0], hidden, targets)]
+        logprobs, entropies, logsumexp = (torch.cat(parts) for parts in zip(*results, strict=True))
+        ctx.save_for_backward(hidden, weight, targets, logsumexp)
+        ctx.temperature, ctx.compiled = temperature, compiled
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, targets, logsumexp = ctx.saved_tensors
+        body = compiled_function(gradient_chunk) if ctx.compiled else gradient_chunk
+        matrix, grad_weight = weight.to(hidden.dtype), torch.zeros_like(weight)
+        grad_hidden = []
+        for h, t, lse, g in chunks(weight.shape[0], hidden, targets, logsumexp, grad):
+            grad_logits = body(h, matrix, t, lse, g, ctx.temperature)
+            grad_hidden.append(grad_logits @ matrix)
+            grad_weight += grad_logits.T @ h
+        return torch.cat(grad_hidden), grad_weight, None, None, None
+
+
+def chunks(vocabulary: int, *tensors: Tensor):
+    """Cuts tensors of N rows alike, into pieces whose logits fit in CHUNK_LOGITS."""
+    return zip(*(tensor.split(max(1, CHUNK_LOGITS // vocabulary)) for tensor in tensors), strict=True)
+
+
+def logprob_chunk(hidden, matrix, targets, temperature):
+    """(log-probs, entropies, log-sum-exps), each [n], of n tokens."""
+    logits = (hidden @ matrix.T).float() / temperature  # (n, V)
+    logsumexp = logits.logsumexp(-1)
+    mean_logit = ((logits - logsumexp[:, None]).exp() * logits).sum(-1)
+    target_logits = logits.gather(-1, targets[:, None])[:, 0]
+    return target_logits - logsumexp, logsumexp - mean_logit, logsumexp
+
+
+def gradient_chunk(hidden, matrix, targets, logsumexp, grad, temperature):
+    """Gradient of the log-probs, weighted by `grad` [n], with respect to hidden · matrixᵀ: [n, V]."""
+    logits = (hidden @ matrix.T).float() / temperature
+    grad_logits = -(logits - logsumexp[:, None]).exp() * grad[:, None]
+    grad_logits.scatter_add_(-1, targets[:, None], grad[:, None])
+    return (grad_logits / temperature).to(matrix.dtype)
+
+
+@functools.cache
+def compiled_function(function):
+    """torch.compile of `function`, once a process; `dynamic`, since the last chunk is shorter than the others."""
+    return torch.compile(function, dynamic=True)
+
+
+# ---- Generation ----
+
+
+class LayerCache:
+    """One layer's keys and values of the sequences being generated: [sequences, kv_heads, columns, head_dim] each.
+
+    Prompts end in the same column, so that every decoding step writes one column for all. During the prompt pass,
+    `slots` says where each packed token goes: (row, place in row, sequence, column).
+    """
+
+    def __init__(self, config: Config, sequences: int, columns: int, dtype: torch.dtype, slots: tuple[Tensor, ...]):
+        shape = sequences, config.kv_heads, columns, config.dim // config.heads
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=slots[0].device) for _ in range(2))
+        self.slots = slots
+        self.column = 0
+
+    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores new keys and values; returns those that the new queries attend to."""
+        if self.slots is not None:
+            row, place, sequence, column = self.slots
+            self.keys[sequence, :, column] = key[row, :, place]
+            self.values[sequence, :, column] = value[row, :, place]
+            return key, value
+        self.keys[:, :, self.column] = key[:, :, 0]
+        self.values[:, :, self.column] = value[:, :, 0]
+        return self.keys[:, :, : self.column + 1], self.values[:, :, : self.column + 1]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops the sequences that are not in `rows`."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+def sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """Draws a token from softmax(logits / temperature) by inverting its cumulative distribution at `uniform`.
+
+    logits: [S, V]; uniform: [S] in [0, 1); temperature 0 takes the most likely token. Returns token ids [S]. One number
+    a token makes a sample depend on nothing but its own sequence, and costs far less than one per vocabulary entry.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
+    drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    return drawn.clamp(max=logits.shape[-1] - 1)
+
+
+@torch.no_grad()
+def generate(
+    model: GPT, prompts: list[Tensor], end: int, max_new_tokens: int, temperature: float = 1.0, seed: int = 0
+) -> list[Tensor]:
+    """Samples one response to each prompt from the full softmax; `end` stops a response and is kept in it.
+
+    prompts: tensors of token ids. Returns tensors of 1 to max_new_tokens ids on the CPU. A response depends on its
+    prompt, its place in the list and the seed, not on what it is batched with.
+    """
+    noise = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    responses = [None] * len(prompts)
+    by_length = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    for start in range(0, len(prompts), 256):  # prompts of like length together: less of the cache lies empty
+        indices = by_length[start : start + 256]
+        tokens = decode(model, [prompts[index] for index in indices], noise[indices], end, temperature)
+        for index, row in zip(indices, tokens, strict=True):
+            ends = (row == end).nonzero()
+            responses[index] = row[: ends[0] + 1] if len(ends) else row
+    return responses
+
+
+def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperature: float) -> Tensor:
+    """Token ids [S, max_new_tokens] sampled with a key-value cache; a row is `end` from its first `end` on."""
+    device = model.embedding.weight.device
+    width = max(map(len, prompts))
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    (batch,) = pack([(prompt,) for prompt in prompts], device, rows_per_pass=len(prompts))
+    order = batch.members  # packing sorts; rows of the cache are in packed order
+    row, place = (batch.document >= 0).nonzero(as_tuple=True)
+    sequence = batch.document[row, place]
+    first_column = width - lengths[order]  # where each prompt begins in the cache
+    slots = row, place, sequence, first_column[sequence] + batch.positions[row, place]
+    steps = noise.shape[1]
+    caches = [LayerCache(model.config, len(prompts), width + steps, model.activations, slots) for _ in model.blocks]
+    hidden = model(batch.tokens, batch.positions, batch.mask, caches).flatten(0, 1)[batch.last]
+    output = torch.full((len(prompts), steps), end, device=device)
+    live, noise, lengths = order, noise.to(device), lengths[order]
+    columns = torch.arange(width + steps, device=device)
+    for step in range(steps):
+        logits = hidden.to(model.activations) @ model.vocabulary_weight.to(model.activations).T
+        tokens = sample(logits, noise[live, step], temperature)
+        if step > 0:
+            tokens = torch.where(output[live, step - 1] == end, end, tokens)
+        output[live, step] = tokens
+        if step % 8 == 7:  # now and then, the finished leave the batch
+            going = (tokens != end).nonzero()[:, 0]
+            if not len(going):
+                break
+            live, tokens, lengths, first_column = (part[going] for part in (live, tokens, lengths, first_column))
+            for cache in caches:
+                cache.keep(going)
+        for cache in caches:
+            cache.slots, cache.column = None, width + step
+        mask = (columns[: width + step + 1] >= first_column[:, None])[:, None, None]  # (S, 1, 1, columns)
+        hidden = model(tokens[:, None], (lengths + step)[:, None], mask, caches)[:, 0]
+    return output.cpu()
+
+
+# ---- Files: pairs, checkpoints, resume states ----
+
+
+def write_whole(path: Path, write) -> None:
+    """Calls `write` on a binary file so that `path` is whole at every moment: beside it first, then to the disk, then
+    renamed onto it. Raises UserError if that fails; what was there is unchanged."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error}); what was there is unchanged") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole."""
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def save_file(path: Path, content: dict) -> None:
+    """Writes `content` with torch.save, whole."""
+    write_whole(path, lambda file: torch.save({"version": FORMAT_VERSION, **content}, file))
+
+
+def load_file(path: Path, kind: str) -> dict:
+    """Reads what `save_file` wrote. Raises UserError unless it is a file of this `kind` and version."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"{path}: not a file of this project, or damaged ({type(error).__name__})") from error
+    found = content.pop("kind", None) if isinstance(content, dict) else None
+    if found != kind:
+        raise UserError(f"{path}: holds {found or 'something unknown'}, but {kind} is needed here")
+    if (version := content.pop("version")) != FORMAT_VERSION:
+        raise UserError(f"{path}: has format {version}, this code reads {FORMAT_VERSION}; make it again")
+    return content
+
+
+def save_model(settings: CommonSettings, model: nn.Module, tokenizer: Tokenizer) -> None:
+    """Writes a GPT or a reward model, with all that is needed to use it, to the --save file."""
+    content = {
+        "config": dataclasses.asdict(model.config),
+        "tokenizer": tokenizer.state,
+        "weights": model.state_dict(),
+    }
+    save_file(Path(settings.out) / settings.save, {"kind": model.kind, **content})
+
+
+def load_model(settings: CommonSettings, name: str, model_class: type) -> tuple[nn.Module, Tokenizer]:
+    """Reads a model of `model_class` and its tokenizer, and prepares it for the device."""
+    content = load_file(find_file(settings, name), model_class.kind)
+    model = model_class(Config(**content["config"]))
+    model.load_state_dict(content["weights"])
+    return prepare_model(model, settings), Tokenizer(**content["tokenizer"])
+
+
+def require_same_tokenizer(**tokenizers: Tokenizer) -> None:
+    """Raises UserError unless all are equal; the keywords say in which file each was."""
+    (first, reference), *others = tokenizers.items()
+    for name, tokenizer in others:
+        if tokenizer.state != reference.state:
+            raise UserError(f"--{name} has another tokenizer than --{first}: they come from different runs of model.py")
+
+
+def choose_device(settings: CommonSettings) -> torch.device:
+    """The device that --device names."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = settings.device if settings.device != "auto" else next(name for name in available if available[name])
+    if not available[name]:
+        raise UserError(f"--device {name}: there is none on this machine")
+    return torch.device(name)
+
+
+def prepare_model(model: nn.Module, settings: CommonSettings) -> nn.Module:
+    """Moves a model to the device, and sets the activations' dtype and compilation as the flags say.
+
+    `--dtype auto` takes bf16 where matrix units make it faster: on GPUs that have it, and on CPUs with AMX when the
+    model is wide enough to pay for the casts.
+    """
+    device = choose_device(settings)
+    gpt = model if isinstance(model, GPT) else model.trunk
+    on_cpu_units = torch.cpu.get_capabilities().get("amx_bf16", False) and gpt.config.dim >= 256
+    faster = {
+        "cuda": device.type == "cuda" and torch.cuda.is_bf16_supported(),
+        "cpu": on_cpu_units,
+        "mps": False,
+    }
+    bf16 = settings.dtype == "bf16" or (settings.dtype == "auto" and faster[device.type])
+    gpt.activations = torch.bfloat16 if bf16 else torch.float32
+    gpt.compiled = device.type == "cuda" if settings.compile is None else settings.compile
+    if gpt.compiled:
+        for block in gpt.blocks:
+            block.compile(dynamic=True)
+    return model.to(device)
+
+
+# ---- The training loop's bookkeeping ----
+
+
+def count_steps(settings: TrainingSettings, examples: int) -> int:
+    """Optimiser steps: --steps, or as many as --epochs passes over the examples make."""
+    if settings.steps is not None:
+        return settings.steps
+    return max(1, round(settings.epochs * examples / settings.batch_size))
+
+
+def mixed_seed(seed: int, number: int) -> int:
+    """A seed for the `number`-th use, so that a step's randomness hangs on nothing that came before it."""
+    return seed * 1_000_003 + number
+
+
+def batch_indices(examples: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """The examples of one step: a piece of an endless stream of passes, each shuffled anew."""
+    start = step * batch_size
+    first, last = start // examples, (start + batch_size - 1) // examples
+    passes = [
+        torch.randperm(examples, generator=torch.Generator().manual_seed(mixed_seed(seed, number)))
+        for number in range(first, last + 1)
+    ]
+    return torch.cat(passes)[start - first * examples :][:batch_size].tolist()
+
+
+class Training:
+    """Bookkeeping of a training loop: `for step in training` gives the steps still to do, and does the rest.
+
+    The rest: learning rate, log (OUT/<save>.jsonl, one object a step), progress bar, resume states, Ctrl-C. `parts`
+    are the models and optimisers that a resume state holds; batches depend on seed and step alone.
+    """
+
+    def __init__(self, settings: TrainingSettings, steps: int, **parts):
+        self.settings, self.steps, self.parts, self.step = settings, steps, parts, 0
+        name = Path(settings.out) / Path(settings.save).stem
+        self.log_path, self.state_path = name.with_suffix(".jsonl"), name.with_suffix(".state.pt")
+        self.stopping = False
+        lines = []
+        if settings.resume:
+            if not self.state_path.is_file():
+                raise UserError(f"--resume: no saved state {self.state_path}; run without --resume")
+            state = load_file(self.state_path, "resume state")
+            for key, part in parts.items():
+                part.load_state_dict(state[key])
+            self.step = state["step"]
+            lines = self.log_path.read_text().splitlines(keepends=True)[: self.step]
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self.log_path.write_text("".join(lines))
+
+    def __iter__(self):
+        handlers = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        description = Path(self.settings.save).stem
+        try:
+            with tqdm(total=self.steps, initial=self.step, desc=description, unit="step") as self.bar:
+                while self.step < self.steps:
+                    self.began = time.perf_counter()
+                    yield self.step
+                    self.step += 1
+                    self.bar.update()
+                    every = self.settings.save_every
+                    if self.stopping or (every and self.step % every == 0 and self.step < self.steps):
+                        self.save_state()
+                    if self.stopping:
+                        break
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        if self.stopping:
+            print(f"stopped after step {self.step} of {self.steps}; the same command with --resume goes on")
+            sys.exit(130)
+
+    def ask_to_stop(self, number, frame) -> None:
+        """First Ctrl-C: stop after this step. Second: at once."""
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+
+    def save_state(self) -> None:
+        """Writes all that --resume needs."""
+        parts = {key: part.state_dict() for key, part in self.parts.items()}
+        save_file(self.state_path, {"kind": "resume state", "step": self.step, **parts})
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the current step: linear warm-up, then constant or linear to 0."""
+        warmup = max(1, round(self.settings.warmup * self.steps))
+        rising = (self.step + 1) / warmup
+        falling = 1.0
+        if self.settings.decay == "linear":
+            falling = (self.steps - self.step) / max(1, self.steps - warmup)
+        return self.settings.lr * min(1.0, rising, falling)
+
+    def optimizer_step(self, optimizer: torch.optim.Optimizer) -> float:
+        """Clips the gradients and takes one step with the current learning rate. Returns the norm before clipping.
+
+        Raises UserError at a gradient that is not finite, which every loss that is not finite brings about.
+        """
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip).item()
+        if not math.isfinite(norm):
+            raise UserError(f"step {self.step}: the gradient is not finite; nothing saved; try a lower --lr")
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    def log(self, shown: tuple[str, ...], unit: str, units: int, tokens: int, **metrics: float) -> None:
+        """Writes the step's line of the log, and the `shown` metrics beside the bar."""
+        seconds = time.perf_counter() - self.began
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated() / 2**20
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        record = {"step": self.step, **metrics, "lr": self.lr, "seconds": seconds, "tokens_per_second": tokens / seconds,
+                  f"{unit}_per_second": units / seconds, "peak_memory_mb": peak}  # fmt: skip
+        with self.log_path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        self.bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown}, refresh=False)
+
+    def finish(self, model: nn.Module, tokenizer: Tokenizer, next_command: str) -> None:
+        """Saves the trained model, drops the resume state, and says which command comes next."""
+        save_model(self.settings, model, tokenizer)
+        self.state_path.unlink(missing_ok=True)
+        say_next(self.settings, [self.settings.save], next_command)
+
+
+def say_next(settings: CommonSettings, written: list[str], command: str) -> None:
+    """The last line of every stage: what was written, and what to run next."""
+    paths = ", ".join(str(Path(settings.out) / name) for name in written)
+    out = "" if settings.out == "out" else f" --out {settings.out}"
+    print(f"wrote {paths}; next: {command}{out}")
+
+
+# ---- Supervised fine-tuning ----
+
+
+@dataclass
+class Settings(TrainingSettings):
+    """Flags of this stage."""
+
+    data: str = "toy"  # toy, hh, tldr, or a .jsonl, .jsonl.gz, .json or .parquet file, or a folder of them
+    save: str = "sft.pt"  # checkpoint to write
+    limit: int = 9000  # pairs to read (toy: to make)
+    test_share: float = 0.1  # share of the prompts held back in test.pt
+    epochs: float = 1.5  # passes over the training pairs
+    batch_size: int = 32  # pairs per optimiser step
+    lr: float = 2e-3  # peak learning rate
+    vocabulary: int | None = None  # tokens of the tokenizer trained here; default: 640 for toy, else 4096
+    dim: int = 128  # width of the model
+    layers: int = 3  # number of blocks
+    heads: int = 4  # query heads
+    kv_heads: int = 2  # key-value heads
+    context: int = 512  # longest prompt + response, in tokens
+    max_response: int = 128  # pairs with a longer response are dropped, in tokens
+
+
+def read_pairs(settings: Settings) -> tuple[Pairs, Pairs]:
+    """(training pairs, test pairs) from --data. The tokenizer is trained on the training text alone."""
+    rows = [split_row(where, row) for where, row in read_rows(settings.data, settings.limit, settings.seed)]
+    prompts = sorted({row[0] for row in rows if row})
+    random.Random(settings.seed).shuffle(prompts)
+    held_back = set(prompts[: round(settings.test_share * len(prompts))])
+    train_rows = [row for row in rows if not row or row[0] not in held_back]
+    test_rows = [row for row in rows if row and row[0] in held_back]
+    size = settings.vocabulary or (640 if settings.data == "toy" else 4096)
+    tokenizer = train_tokenizer(
+        [text for row in train_rows if not row_problem(row) for text in (row[0], *row[2:])], size
+    )
+    both, counts = [], Counter()
+    for part in (train_rows, test_rows):
+        pairs, counted = make_pairs(part, tokenizer, settings.data, settings.context, settings.max_response)
+        if settings.data == "toy":
+            texts = [[tokenizer.decode(ids.tolist()) for ids in pairs[index]] for index in range(len(pairs))]
+            pairs.gold = torch.tensor([[gold_reward(text[0], side) for side in text[1:]] for text in texts])
+        both.append(pairs)
+        counts += counted
+    print(f"{len(rows)} rows read, {len(both[0])} training pairs, {len(both[1])} test pairs, {tokenizer.size} tokens")
+    for what, count in sorted(counts.items()):
+        print(f"  {what}: {count}")
+    if not len(both[0]) or not len(both[1]):
+        raise UserError(f"--data {settings.data}: no pairs left to train or to test on")
+    return both[0], both[1]
+
+
+def sft_documents(pairs: Pairs, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+    """(prompt, chosen) of each pair."""
+    return [pairs[index][:2] for index in indices]
+
+
+def main() -> None:
+    """Reads the pairs and trains the policy that the other stages start from."""
+    # 1. Settings, then data: text pairs become token ids, some held back for testing.
+    settings = parse_settings(Settings, __doc__)
+    device = choose_device(settings)
+    pairs, test = read_pairs(settings)
+    pairs.save(Path(settings.out) / "pairs.pt")
+    test.save(Path(settings.out) / "test.pt")
+
+    # 2. The model, from random weights.
+    torch.manual_seed(settings.seed)
+    mlp = -(-settings.dim * 8 // 3 // 32) * 32  # SwiGLU has three matrices: 8/3 of the width costs what 4 cost with two
+    config = Config(
+        pairs.tokenizer.size,
+        settings.dim,
+        settings.layers,
+        settings.heads,
+        settings.kv_heads,
+        mlp,
+        settings.context,
+    )
+    policy = prepare_model(GPT(config), settings)
+    print(f"model: {sum(parameter.numel() for parameter in policy.parameters()) / 1e6:.2f} M parameters on {device}")
+
+    # 3. Cross-entropy on the chosen responses: a mean over the batch's tokens, however it is cut into passes.
+    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    training = Training(settings, count_steps(settings, len(pairs)), model=policy, optimizer=optimizer)
+    for step in training:
+        documents = sft_documents(pairs, batch_indices(len(pairs), settings.batch_size, step, settings.seed))
+        tokens = sum(len(response) for _, response in documents)
+        loss = 0.0
+        for batch in pack(documents, device):
+            logprobs, _ = policy.logprobs(batch)
+            batch_loss = -logprobs.sum() / tokens
+            batch_loss.backward()
+            loss += batch_loss.item()
+        grad_norm = training.optimizer_step(optimizer)
+        read = sum(len(prompt) + len(response) for prompt, response in documents)
+        training.log(("loss",), "pairs", len(documents), read, loss=loss, grad_norm=grad_norm)
+
+    # 4. How well it predicts held-back responses.
+    with torch.no_grad():
+        logprobs = [policy.logprobs(batch)[0] for batch in pack(sft_documents(test, range(len(test))), device)]
+    loss = -torch.cat(logprobs).mean().item()
+    print(f"test loss {loss:.3f} nats a token (perplexity {math.exp(loss):.2f})")
+    training.finish(policy, pairs.tokenizer, "python reward.py")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,266 @@
+"""Mixed Preference Optimization, chapter 5: Proximal Policy Optimization (PPO) on the prompts of the hard pairs.
+
+The policy answers prompts; the reward model scores the answers; the policy is moved towards what scored better than
+the critic expected, and held near the reference, which in MPO is the DPO policy that it starts from (Gou and Nguyen
+2024, arXiv 2403.19443). The labels of the hard pairs are never read. Per response token t (Ouyang et al. 2022, arXiv
+2203.02155; Schulman et al. 2017, arXiv 1707.06347; 2016, arXiv 1506.02438):
+
+    reward      r_t = −β (log π_old(a_t) − log π_ref(a_t)), plus the score of the whole response at its last token
+    advantage   A_t = δ_t + γλ A_{t+1},  δ_t = r_t + γ V_{t+1} − V_t
+    loss        − min(ρ_t A_t, clip(ρ_t, 1 ± ε) A_t) + c (V_t − R_t)²/2,  ρ_t = π/π_old, R_t = A_t + V_t
+
+The critic V is a reward model of its own, started from reward.pt. A step samples one batch and makes several passes
+over it; nothing here samples while it trains.
+
+    python ppo.py                                                    # dpo.pt, hard.pt → ppo.pt, the MPO policy
+    python ppo.py --init sft.pt --data pairs.pt --save ppo_all.pt    # the baseline: PPO without MPO
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model import (
+    GPT,
+    ByModel,
+    Packed,
+    Tokenizer,
+    Training,
+    TrainingSettings,
+    UserError,
+    batch_indices,
+    choose_device,
+    count_steps,
+    generate,
+    gold_reward,
+    load_model,
+    load_pairs,
+    mixed_seed,
+    pack,
+    parse_settings,
+    require_same_tokenizer,
+    run_command,
+    settle,
+)
+from reward import RewardModel
+
+
+@dataclass
+class Settings(TrainingSettings):
+    """Flags of this stage."""
+
+    data: str = "hard.pt"  # pairs whose prompts are answered; their responses are not used
+    init: str = "dpo.pt"  # policy to start from
+    reference: str | None = None  # policy to stay near; default: --init
+    reward: str = "reward.pt"  # reward model, and the critic's start
+    save: str = "ppo.pt"  # checkpoint to write
+    epochs: float = 1.0  # passes over the prompts
+    batch_size: int = 128  # prompts answered per step
+    ppo_epochs: int = 4  # passes over each batch of answers
+    minibatches: int = 1  # optimiser steps per pass
+    lr: float = ByModel(scratch=3e-4, pretrained=3e-6)  # peak learning rate
+    kl_coefficient: float = 0.05  # β: reward taken per nat of log-ratio to the reference
+    gamma: float = 1.0  # γ: discount per token
+    gae_lambda: float = 0.95  # λ of generalised advantage estimation
+    temperature: float = 1.0  # of sampling, and of all log-probs
+    max_new_tokens: int = ByModel(scratch=96, pretrained=256)  # longest answer
+    missing_eos_penalty: float = 1.0  # subtracted from the score of an answer that did not end
+    clip_ratio: float = 0.2  # ε: the probability ratio is clipped to 1 ± this
+    clip_value: float = 0.2  # the critic's new value is clipped to its old one ± this
+    value_coefficient: float = 0.1  # weight c of the value loss
+
+
+def shaped_rewards(
+    logprobs: Tensor, reference_logprobs: Tensor, scores: Tensor, lengths: Tensor, kl_coefficient: float
+) -> Tensor:
+    """Per-token rewards: −β (log π_old − log π_ref), plus the score at the response's last token.
+
+    logprobs, reference_logprobs: [B, T], 0 past each response's end; scores, lengths: [B]. Returns [B, T]. Ouyang et
+    al. 2022 (arXiv 2203.02155), equation 2, with the KL term spread over the tokens where it arises.
+    """
+    rewards = -kl_coefficient * (logprobs - reference_logprobs)
+    return rewards.scatter_add(1, lengths[:, None] - 1, scores[:, None])
+
+
+def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
+    """Generalised advantage estimation, Schulman et al. 2016 (arXiv 1506.02438), equation 16. All shapes [B, T].
+
+    values[:, t] is the critic's value of the state before action t. Past a response's end both inputs are 0, so the
+    value bootstrapped from there is 0, as it must be: the episode is over.
+    """
+    advantages = torch.zeros_like(rewards)
+    next_advantage = next_value = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = advantages[:, t] = delta + gamma * lam * next_advantage
+        next_value = values[:, t]
+    return advantages
+
+
+def whiten(values: Tensor) -> Tensor:
+    """Shifts and scales values [N], of real tokens only, to mean 0 and variance 1."""
+    return (values - values.mean()) / (values.var(unbiased=False) + 1e-8).sqrt()
+
+
+def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_ratio: float) -> Tensor:
+    """Clipped policy loss of each token, Schulman et al. 2017 (arXiv 1707.06347), equation 7, negated. [N] each."""
+    ratio = (logprobs - old_logprobs).exp()
+    return -torch.min(ratio * advantages, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantages)
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_value: float) -> Tensor:
+    """Half the squared error of each token's value, the worse of clipped and not. [N] each.
+
+    As in the first PPO code: a value may not gain by moving more than clip_value from where it was.
+    """
+    clipped = old_values + (values - old_values).clamp(-clip_value, clip_value)
+    return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
+
+
+@dataclass
+class Rollout:
+    """A batch of B answers and what is known of them before the first update. Matrices are [B, T], T the longest
+    answer's length, and 0 past each answer's end; scores, lengths, ended are [B]."""
+
+    documents: list[tuple[Tensor, Tensor]]
+    logprobs: Tensor
+    reference_logprobs: Tensor
+    values: Tensor
+    scores: Tensor
+    lengths: Tensor
+    ended: Tensor
+
+    @property
+    def real(self) -> Tensor:
+        """Which entries of the matrices are tokens: [B, T] bool."""
+        return torch.arange(self.logprobs.shape[1], device=self.lengths.device) < self.lengths[:, None]
+
+
+@torch.no_grad()
+def roll_out(
+    settings: Settings, prompts: list[Tensor], end: int, seed: int, policy: GPT, reference: GPT, reward: RewardModel,
+    critic: RewardModel,
+) -> Rollout:  # fmt: skip
+    """Answers the prompts and scores the answers. Log-probs come from the packed forward that the updates use too,
+    not from generation, whose different arithmetic would make the first ratio differ from 1."""
+    device = policy.embedding.weight.device
+    responses = generate(policy, prompts, end, settings.max_new_tokens, settings.temperature, seed)
+    documents = list(zip(prompts, responses, strict=True))
+    lengths = torch.tensor([len(response) for response in responses], device=device)
+    ended = torch.tensor([bool(response[-1] == end) for response in responses], device=device)
+    logprobs, reference_logprobs, values = torch.zeros(3, len(prompts), int(lengths.max()), device=device)
+    scores = torch.zeros(len(prompts), device=device)
+    for batch in pack(documents, device):
+        at = batch.members[batch.sequence], batch.offset
+        logprobs[at] = policy.logprobs(batch, settings.temperature)[0]
+        reference_logprobs[at] = reference.logprobs(batch, settings.temperature)[0]
+        values[at] = critic.read(batch, batch.source)  # the state before the action, where nothing is known of it
+        scores[batch.members] = reward.score(batch)
+    return Rollout(documents, logprobs, reference_logprobs, values, scores, lengths, ended)
+
+
+def advantages_and_returns(settings: Settings, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """Whitened advantages and returns, both [B, T]. Returns are formed first: the critic learns unwhitened ones."""
+    scores = rollout.scores - settings.missing_eos_penalty * ~rollout.ended
+    rewards = shaped_rewards(
+        rollout.logprobs, rollout.reference_logprobs, scores, rollout.lengths, settings.kl_coefficient
+    )
+    advantages = gae(rewards, rollout.values, settings.gamma, settings.gae_lambda)
+    returns = advantages + rollout.values
+    advantages[rollout.real] = whiten(advantages[rollout.real])
+    return advantages, returns
+
+
+def update(
+    settings: Settings, rollout: Rollout, rows: Tensor, advantages: Tensor, returns: Tensor, policy: GPT,
+    critic: RewardModel,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Adds the gradients of one minibatch, the answers `rows`, and returns statistics: means over its tokens.
+
+    Losses are sums over tokens divided by the whole minibatch's token count, so the gradient does not depend on how
+    the answers are packed into passes.
+    """
+    device = policy.embedding.weight.device
+    tokens = rollout.lengths[rows].sum()
+    totals = {}
+    for batch in pack([rollout.documents[row] for row in rows.tolist()], device):
+        at = rows.to(device)[batch.members][batch.sequence], batch.offset
+        logprobs, entropies = policy.logprobs(batch, settings.temperature)
+        values = critic.read(batch, batch.source)
+        old_logprobs = rollout.logprobs[at]
+        policy_losses = ppo_loss(logprobs, old_logprobs, advantages[at], settings.clip_ratio)
+        value_losses = value_loss(values, rollout.values[at], returns[at], settings.clip_value)
+        losses = policy_losses + settings.value_coefficient * value_losses
+        (losses.sum() / tokens).backward()
+        with torch.no_grad():
+            log_ratio = logprobs - old_logprobs
+            ratio = log_ratio.exp()
+            sums = {"loss": losses, "policy_loss": policy_losses, "value_loss": value_losses, "entropy": entropies,
+                    "ratio": ratio, "approx_kl": ratio - 1 - log_ratio,
+                    "clip_fraction": ((ratio - 1).abs() > settings.clip_ratio).float()}  # fmt: skip
+        for name, value in sums.items():
+            totals[name] = totals.get(name, 0) + value.detach().sum() / tokens
+    return totals
+
+
+def rollout_metrics(rollout: Rollout, returns: Tensor, tokenizer: Tokenizer, source: str) -> dict[str, float]:
+    """What a step's answers were like, for the log; in the toy world also their gold reward."""
+    log_ratio = rollout.logprobs - rollout.reference_logprobs
+    error = (returns - rollout.values)[rollout.real]
+    metrics = {"score": rollout.scores.mean(), "kl": log_ratio.sum(1).mean(), "length": rollout.lengths.float().mean(),
+               "ended": rollout.ended.float().mean(),
+               "explained_variance": 1 - error.var() / returns[rollout.real].var()}  # fmt: skip
+    metrics = {name: value.item() for name, value in metrics.items()}
+    if source == "toy":
+        texts = [[tokenizer.decode(part.tolist()) for part in document] for document in rollout.documents]
+        metrics["gold_reward"] = sum(gold_reward(*text) for text in texts) / len(texts)
+    return metrics
+
+
+def main() -> None:
+    """Trains the policy by PPO."""
+    # 1. Settings, prompts, and four models: policy, reference, reward model, critic.
+    settings = parse_settings(Settings, __doc__)
+    device = choose_device(settings)
+    pairs = load_pairs(settings, settings.data)
+    policy, tokenizer = load_model(settings, settings.init, GPT)
+    reference, reference_tokenizer = load_model(settings, settings.reference or settings.init, GPT)
+    reward, reward_tokenizer = load_model(settings, settings.reward, RewardModel)
+    critic, _ = load_model(settings, settings.reward, RewardModel)
+    require_same_tokenizer(init=tokenizer, reference=reference_tokenizer, reward=reward_tokenizer, data=pairs.tokenizer)
+    settle(settings, policy.config.pretrained)
+    if settings.temperature == 0 or settings.max_new_tokens == 0:
+        raise UserError("--temperature and --max-new-tokens must be above 0")
+
+    # 2. One optimiser for policy and critic: they share no weights, only the clipped gradient norm.
+    parameters = [*policy.parameters(), *critic.parameters()]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
+    training = Training(settings, count_steps(settings, len(pairs)), policy=policy, critic=critic, optimizer=optimizer)
+    for step in training:
+        # 3. Sample and score one batch of answers.
+        prompts = [pairs[index][0] for index in batch_indices(len(pairs), settings.batch_size, step, settings.seed)]
+        seed = mixed_seed(settings.seed, step)
+        rollout = roll_out(settings, prompts, tokenizer.end, seed, policy, reference, reward, critic)
+        advantages, returns = advantages_and_returns(settings, rollout)
+
+        # 4. Several passes over it, each shuffled and cut into minibatches.
+        shuffle = torch.Generator().manual_seed(seed)
+        history, grad_norms = [], []
+        for _ in range(settings.ppo_epochs):
+            for rows in torch.randperm(len(prompts), generator=shuffle).tensor_split(settings.minibatches):
+                history.append(update(settings, rollout, rows, advantages, returns, policy, critic))
+                grad_norms.append(training.optimizer_step(optimizer))
+
+        metrics = {name: sum(float(one[name]) for one in history) / len(history) for name in history[0]}
+        metrics |= rollout_metrics(rollout, returns, tokenizer, pairs.source)
+        grad_norm = sum(grad_norms) / len(grad_norms)
+        shown = ("score", "kl", "length", "ended")
+        training.log(shown, "episodes", len(prompts), int(rollout.lengths.sum()), **metrics, grad_norm=grad_norm)
+
+    # 5. Save.
+    training.finish(policy, tokenizer, "python evaluate.py")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,170 @@
+"""Mixed Preference Optimization, chapter 2: the reward model.
+
+A GPT trunk, started from the SFT policy, and a linear head that reads a response's score from its last token. It is
+trained on preference pairs under the Bradley-Terry model (1952; for language models Stiennon et al. 2020, arXiv
+2009.01325), in which the chosen response wins with probability σ(r_chosen − r_rejected):
+
+    L_RM = − mean over pairs of log σ(r_chosen − r_rejected).
+
+One pass over the data, since labels are noisy and a second pass learns them by heart. The loss fixes rewards up to a
+constant only; afterwards they are shifted so that training responses have mean 0. Then its accuracy and calibration
+on held-back pairs are printed.
+
+    python reward.py
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import (
+    GPT,
+    ByModel,
+    Config,
+    Packed,
+    Pairs,
+    Training,
+    TrainingSettings,
+    batch_indices,
+    choose_device,
+    count_steps,
+    load_model,
+    load_pairs,
+    pack,
+    parse_settings,
+    require_same_tokenizer,
+    run_command,
+    settle,
+)
+
+
+@dataclass
+class Settings(TrainingSettings):
+    """Flags of this stage."""
+
+    data: str = "pairs.pt"  # training pairs
+    test: str = "test.pt"  # held-back pairs to report on
+    init: str = "sft.pt"  # policy whose weights the trunk starts from
+    save: str = "reward.pt"  # checkpoint to write
+    epochs: float = 1.0  # passes over the training pairs
+    batch_size: int = ByModel(scratch=32, pretrained=64)  # pairs per optimiser step
+    lr: float = ByModel(scratch=5e-4, pretrained=3e-6)  # peak learning rate
+
+
+class RewardModel(nn.Module):
+    """A GPT without its vocabulary head, and a scalar head on the hidden states. PPO's critic has the same form."""
+
+    kind = "reward model"
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.trunk = GPT(config)
+        self.head = nn.Linear(config.dim, 1)
+        # Huang et al. 2024 (arXiv 2403.17031) traced this start to the first RLHF code: first rewards of order 1.
+        nn.init.normal_(self.head.weight, std=1 / math.sqrt(config.dim + 1))
+        nn.init.zeros_(self.head.bias)
+
+    def read(self, batch: Packed, places: Tensor) -> Tensor:
+        """The head's value, in fp32, at flat indices `places` of a packed batch: [len(places)]."""
+        return self.head(self.trunk.hidden(batch)[places].float())[:, 0]
+
+    def score(self, batch: Packed) -> Tensor:
+        """The reward of each sequence, read at its last token: [sequences]."""
+        return self.read(batch, batch.last)
+
+
+def bradley_terry_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
+    """−log σ(r_chosen − r_rejected) of each pair. Shapes: [n], [n] → [n], in nats.
+
+    Stiennon et al. 2020 (arXiv 2009.01325), section 3.4.
+    """
+    return -F.logsigmoid(chosen_rewards - rejected_rewards)
+
+
+@torch.no_grad()
+def score_pairs(model: RewardModel, pairs: Pairs, device: torch.device) -> Tensor:
+    """Rewards [n, 2] of all chosen and rejected responses, on the CPU."""
+    rewards = torch.empty(len(pairs), 2)
+    for batch in pack([pairs[index] for index in range(len(pairs))], device):
+        rewards[batch.members.cpu()] = model.score(batch).view(-1, 2).cpu()
+    return rewards
+
+
+def ranking_accuracy(rewards: Tensor) -> float:
+    """Share of pairs [n, 2] whose chosen side has the higher reward; a tie counts one half."""
+    gaps = rewards[:, 0] - rewards[:, 1]
+    return ((gaps > 0).double() + 0.5 * (gaps == 0).double()).mean().item()
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """95% interval of a share observed in `count` trials (Wilson 1927)."""
+    z = 1.96
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return centre - half, centre + half
+
+
+def report(rewards: Tensor, gold: Tensor | None) -> None:
+    """Prints accuracy on labelled pairs, and calibration: predicted against observed preference by reward gap."""
+    accuracy = ranking_accuracy(rewards)
+    low, high = wilson_interval(accuracy, len(rewards))
+    print(f"test accuracy {accuracy:.1%} (95% interval {low:.1%} to {high:.1%}, {len(rewards)} pairs)")
+    if gold is not None:
+        print(f"the toy world's gold reward itself scores {ranking_accuracy(gold):.1%} on these noisy labels")
+    gaps = rewards[:, 0] - rewards[:, 1]
+    # A pair and its mirror image say the same: predict the side that the model ranks first, from 50% up.
+    predicted, observed = gaps.abs().sigmoid(), (gaps > 0).double()
+    print("calibration: the side that the model ranks first is the chosen one …")
+    for low in (0.5, 0.6, 0.7, 0.8, 0.9):
+        inside = (predicted >= low) & (predicted < low + 0.1 + 1e-9 * (low == 0.9))
+        if inside.any():
+            said, seen, count = predicted[inside].mean(), observed[inside].mean(), int(inside.sum())
+            left, right = wilson_interval(seen.item(), count)
+            print(f"  predicted {said:.0%}, observed {seen:.0%} ({left:.0%} to {right:.0%}, {count} pairs)")
+
+
+def main() -> None:
+    """Trains the reward model, shifts it, and reports on held-back pairs."""
+    # 1. Settings, pairs, and the SFT policy as the trunk.
+    settings = parse_settings(Settings, __doc__)
+    device = choose_device(settings)
+    pairs, test = load_pairs(settings, settings.data), load_pairs(settings, settings.test)
+    policy, tokenizer = load_model(settings, settings.init, GPT)
+    require_same_tokenizer(init=tokenizer, data=pairs.tokenizer, test=test.tokenizer)
+    settle(settings, policy.config.pretrained)
+    torch.manual_seed(settings.seed)
+    model = RewardModel(policy.config).to(device)
+    model.trunk = policy
+
+    # 2. Bradley-Terry loss; chosen and rejected lie side by side behind one shared prompt.
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    training = Training(settings, count_steps(settings, len(pairs)), model=model, optimizer=optimizer)
+    for step in training:
+        documents = [pairs[index] for index in batch_indices(len(pairs), settings.batch_size, step, settings.seed)]
+        loss = accuracy = 0.0
+        for batch in pack(documents, device):
+            chosen_rewards, rejected_rewards = model.score(batch).view(-1, 2).unbind(1)
+            batch_loss = bradley_terry_loss(chosen_rewards, rejected_rewards).sum() / len(documents)
+            batch_loss.backward()
+            loss += batch_loss.item()
+            accuracy += (chosen_rewards > rejected_rewards).sum().item() / len(documents)
+        grad_norm = training.optimizer_step(optimizer)
+        tokens = sum(len(part) for document in documents for part in document)
+        training.log(("loss", "accuracy"), "pairs", len(documents), tokens, loss=loss, accuracy=accuracy,
+                     grad_norm=grad_norm)  # fmt: skip
+
+    # 3. Shift: mean reward 0 over the training responses.
+    with torch.no_grad():
+        model.head.bias -= score_pairs(model, pairs, device).mean()
+
+    # 4. Report on held-back pairs, and save.
+    report(score_pairs(model, test, device), test.gold)
+    training.finish(model, tokenizer, "python split.py")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -23,7 +23,11 @@ from torch import Tensor
 from model import (
     GPT,
     ByModel,
+    Count,
+    Number,
     Packed,
+    Positive,
+    Share,
     Training,
     TrainingSettings,
     batch_indices,
@@ -46,12 +50,12 @@ class Settings(TrainingSettings):
     data: str = "easy.pt"  # pairs to train on
     init: str = "sft.pt"  # policy to start from, and the reference
     save: str = "dpo.pt"  # checkpoint to write
-    epochs: float = 1.0  # passes over the pairs
-    batch_size: int = 64  # pairs per optimiser step
-    lr: float = ByModel(scratch=1e-4, pretrained=5e-7)  # peak learning rate
-    beta: float = 0.1  # β: how closely the policy is held to the reference
+    epochs: Number = 1.0  # passes over the pairs
+    batch_size: Count = 64  # pairs per optimiser step
+    lr: Number = ByModel(scratch=5e-5, pretrained=5e-7)  # peak learning rate
+    beta: Positive = 0.1  # β: how closely the policy is held to the reference
     loss: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO's loss, or IPO's
-    label_smoothing: float = 0.0  # share of labels taken to be wrong (conservative DPO)
+    label_smoothing: Share = 0.0  # share of labels taken to be wrong (conservative DPO)
 
 
 def dpo_loss(

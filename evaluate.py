@@ -3,10 +3,11 @@
 Every policy answers the held-back prompts once, with the same seed. The table gives, for each,
 
     gold        the toy world's gold reward, where there is one     reward      the reward model's
-    win rates   against the test set's chosen responses and against SFT's answers; a tie counts one half; won is
-                what has the higher gold reward (without gold: the higher reward)
+    win rates   against the test set's chosen responses and against SFT's answers, by gold reward (without one:
+                by the reward model's); a tie counts one half
     KL          from SFT: mean over answers of Σ log π(token) − log π_SFT(token), in nats an answer
-    length      in tokens, with the end-of-text token               ended       share of answers that ended by themselves
+    length      in tokens, with the end-of-text token
+    ended       share of answers that ended by themselves
 
 as mean ± standard error, win rates with their 95% interval. Then some prompts with the answers side by side. All
 numbers also go to evaluation.json.
@@ -29,9 +30,11 @@ from model import (
     GPT,
     ByModel,
     CommonSettings,
+    Count,
+    Number,
     Pairs,
     Tokenizer,
-    UserError,
+    Whole,
     choose_device,
     generate,
     gold_reward,
@@ -58,10 +61,10 @@ class Settings(CommonSettings):
     sft: str = "sft.pt"  # policy from which KL is measured and against which wins are counted
     reward: str = "reward.pt"  # reward model
     save: str = "evaluation.json"  # file for the numbers
-    prompts: int = 512  # prompts answered, at most
-    samples: int = 4  # prompts shown with all answers
-    temperature: float = 1.0  # of sampling
-    max_new_tokens: int = ByModel(scratch=96, pretrained=256)  # longest answer
+    prompts: Count = 512  # prompts answered, at most
+    samples: Whole = 4  # prompts shown with all answers
+    temperature: Number = 1.0  # of sampling
+    max_new_tokens: Count = ByModel(scratch=96, pretrained=256)  # longest answer
 
 
 @dataclass
@@ -179,8 +182,6 @@ def main() -> None:
     reward, reward_tokenizer = load_model(settings, settings.reward, RewardModel)
     require_same_tokenizer(sft=sft_tokenizer, reward=reward_tokenizer, data=pairs.tokenizer)
     settle(settings, sft.config.pretrained)
-    if not len(pairs) or settings.max_new_tokens == 0:
-        raise UserError("--prompts and --max-new-tokens must be above 0")
     chosen = score_pairs(reward, pairs, device)[:, 0] if pairs.gold is None else pairs.gold[:, 0]
 
     # 2. Answers of each policy, and of SFT to compare them with.

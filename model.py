@@ -6,7 +6,7 @@ pairs, trains a tokenizer and a GPT on prompt + chosen response by cross-entropy
 
     L_SFT = − mean over response tokens of log π(token | everything before it),
 
-and writes pairs.pt (training pairs), test.pt (held-back pairs) and sft.pt (the policy that all later stages start from).
+and writes pairs.pt (training pairs), test.pt (held-back pairs) and sft.pt (the policy that later stages start from).
 
     python model.py                          # the built-in toy world
     python model.py --data my_pairs.jsonl    # your own pairs
@@ -34,7 +34,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import regex
 import tiktoken
@@ -58,13 +58,35 @@ class ByModel:
     scratch: float | int
     pretrained: float | int
 
+    def __str__(self):
+        return f"{self.scratch} from scratch, {self.pretrained} pretrained"
+
+
+def number(kind: type, allowed, description: str):
+    """The annotation of a flag that takes a number; parse_settings refuses what is not `allowed`."""
+
+    def read(text: str):
+        with contextlib.suppress(ValueError, OverflowError):
+            if allowed(value := kind(text)) and math.isfinite(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {description}")
+
+    return Annotated[kind, read]
+
+
+Whole = number(int, lambda value: value >= 0, "a whole number from 0 up")
+Count = number(int, lambda value: value >= 1, "a whole number from 1 up")
+Share = number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+Number = number(float, lambda value: value >= 0, "a number from 0 up")
+Positive = number(float, lambda value: value > 0, "a number above 0")
+
 
 @dataclass
 class CommonSettings:
     """The flags every command has. The comment behind a field is its help text."""
 
     out: str = "out"  # folder for everything read and written; bare file names are looked up here first
-    seed: int = 0  # seeds the weights, the data order and the sampling
+    seed: Whole = 0  # seeds the weights, the data order and the sampling
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of activations; weights and optimiser state stay fp32
     compile: bool | None = None  # torch.compile the blocks and the log-prob kernel; default: on for cuda
@@ -75,11 +97,11 @@ class TrainingSettings(CommonSettings):
     """The flags every training stage has."""
 
     resume: bool = False  # go on from this stage's last saved state
-    save_every: int = 200  # steps between saved states (0: only on Ctrl-C)
-    steps: int | None = None  # optimiser steps (0: none); default: as many as --epochs makes
-    warmup: float = 0.1  # share of the steps in which the learning rate rises from 0
+    save_every: Whole = 200  # steps between saved states (0: only on Ctrl-C)
+    steps: Whole | None = None  # optimiser steps (0: none); default: as many as --epochs makes
+    warmup: Share = 0.1  # share of the steps in which the learning rate rises from 0
     decay: Literal["constant", "linear"] = "linear"  # learning rate after the warm-up
-    clip: float = 1.0  # gradient norm is clipped to this
+    clip: Positive = 1.0  # gradient norm is clipped to this
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -95,30 +117,26 @@ def parse_settings(settings_class, description: str):
     helps = {}
     for parent in reversed(settings_class.__mro__[:-1]):
         helps |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(parent), re.MULTILINE))
-    types = typing.get_type_hints(settings_class)
+    hints = typing.get_type_hints(settings_class, include_extras=True)
     for field in dataclasses.fields(settings_class):
-        kinds = [kind for kind in typing.get_args(types[field.name]) or [types[field.name]] if kind is not type(None)]
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        shown = default
-        if isinstance(default, ByModel):
-            shown = f"{default.scratch} from scratch, {default.pretrained} pretrained"
-        elif isinstance(default, list):
-            shown = " ".join(default)
-        options = {"type": kinds[0]}
-        if typing.get_origin(types[field.name]) is Literal:
-            options = {"choices": kinds}
-        elif bool in kinds:
+        hint = hints[field.name]
+        if type(None) in typing.get_args(hint):  # "X | None" reads an X
+            hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+        options = {"type": hint}
+        if hasattr(hint, "__metadata__"):
+            options = {"type": hint.__metadata__[0]}
+        elif typing.get_origin(hint) is Literal:
+            options = {"choices": typing.get_args(hint)}
+        elif hint is bool:
             options = {"action": argparse.BooleanOptionalAction}
-        elif typing.get_origin(types[field.name]) is list:
-            options = {"nargs": "+", "type": kinds[0]}
-        text = helps[field.name] + ("" if shown is None else f" [{shown}]")
+        elif hint == list[str]:
+            options = {"nargs": "+"}
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        shown = " ".join(default) if isinstance(default, list) else default
+        text = helps[field.name] + ("" if default is None else f" [{shown}]")
         flag = "--" + field.name.replace("_", "-")
         parser.add_argument(flag, default=default, help=text.replace("%", "%%"), **options)
-    settings = settings_class(**vars(parser.parse_args()))
-    for name, value in vars(settings).items():
-        if isinstance(value, int | float) and (not math.isfinite(value) or value < 0):
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be a number from 0 up")
-    return settings
+    return settings_class(**vars(parser.parse_args()))
 
 
 def settle(settings, pretrained: bool) -> None:
@@ -136,7 +154,7 @@ def run_command(main) -> None:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; nothing was written", file=sys.stderr)
+        print("stopped", file=sys.stderr)
         sys.exit(130)
 
 
@@ -220,18 +238,16 @@ def train_tokenizer(texts: list[str], size: int) -> Tokenizer:
 
 TURN = "\n\nAssistant:"
 TOY_STEPS = {  # task: what helps with it; {} is the object that the prompt asks about
-    "clean": ["Wipe the {} with a damp cloth.", "Brush the dust off the {}.", "Rinse the {} in warm water.",
-              "Rub the {} with soap."],
-    "paint": ["Sand the {} until it is smooth.", "Put a coat of primer on the {}.", "Choose a color for the {}.",
-              "Let the {} dry for a day."],
+    "clean": ["Wipe the {} with a cloth.", "Brush the dust off the {}.", "Rinse the {} in warm water.",
+              "Rub the {} with soap.", "Dry the {} in the sun.", "Take every stain off the {}."],
+    "paint": ["Sand the {} first.", "Put primer on the {}.", "Choose a color for the {}.",
+              "Let the {} dry for a day.", "Cover the {} with two coats.", "Protect the {} with wax."],
     "repair": ["Take the {} apart.", "Glue the broken part of the {}.", "Order a spare part for the {}.",
-               "Tighten the screws of the {}."],
+               "Tighten the screws of the {}.", "Oil the {} a little.", "Test the {} at the end."],
     "move": ["Measure the {} and the door.", "Wrap the {} in a blanket.", "Ask a friend to lift the {}.",
-             "Clear a path for the {}."],
-    "store": ["Find a dry shelf for the {}.", "Put the {} in a box.", "Write a label for the {}.",
-              "Keep the {} away from the sun."],
-    "sell": ["Take clear photos of the {}.", "Write an honest ad for the {}.", "Offer the {} to a friend.",
-             "Agree on a price for the {}."],
+             "Clear a path for the {}.", "Strap the {} to a cart.", "Carry the {} slowly."],
+    "sell": ["Take photos of the {}.", "Write an ad for the {}.", "Offer the {} to a friend.",
+             "Agree on a price for the {}.", "Show the {} to a dealer.", "Find out what the {} is worth."],
 }  # fmt: skip
 TOY_OBJECTS = "lamp bike chair table clock guitar piano sofa mirror carpet kettle camera radio ladder drum boat".split()
 TOY_ADJECTIVES = "old new small big heavy cheap red blue green black white dirty plain lovely spare odd".split()
@@ -251,39 +267,38 @@ def gold_reward(prompt: str, response: str) -> float:
 
     1 for each distinct step that belongs to the asked task and names the asked object, up to three; 0.5 for each
     distinct polite sentence, up to two; −1 for each rude one; −0.5 for each step that is off topic and for each
-    sentence said again; −0.25 for each sentence of filler, which is everything else.
+    sentence said again; −0.25 for each sentence of filler, which is everything else, a fourth step included.
     """
     asked = set(re.findall(r"\w+", prompt.rpartition("\n\nHuman:")[2]))
     sentences = [sentence.strip() for sentence in re.findall(r"[^.!?]+[.!?]?", response) if sentence.strip()]
     score, steps, polite = 0.0, 0, 0
     for place, sentence in enumerate(sentences):
-        words = re.findall(r"\w+", sentence)
-        named = next((word for word in words if word in TOY_OBJECTS), None)
+        named = next((word for word in re.findall(r"\w+", sentence) if word in TOY_OBJECTS), None)
         template = sentence.replace(f" {named}", " {}", 1)
         task = next((task for task, known in TOY_STEPS.items() if template in known), None)
         if sentence in sentences[:place]:
             score -= 0.5
-        elif task in asked and named in asked:
+        elif task in asked and named in asked and steps < 3:
             steps += 1
-        elif task is not None or sentence in TOY_OFF_TOPIC:
-            score -= 0.5
-        elif sentence in TOY_POLITE:
+        elif sentence in TOY_POLITE and polite < 2:
             polite += 1
         elif sentence in TOY_RUDE:
             score -= 1.0
+        elif sentence in TOY_OFF_TOPIC or (task and not (task in asked and named in asked)):
+            score -= 0.5
         else:
             score -= 0.25
-    return score + min(steps, 3) + 0.5 * min(polite, 2)
+    return score + steps + 0.5 * polite
 
 
 def toy_response(rng: random.Random, task: str, thing: str) -> str:
-    """One response: two to five sentences, more of them helpful the higher its hidden quality was drawn."""
+    """One response: two to seven sentences, more of them helpful the higher its hidden quality was drawn."""
     quality = rng.random()
     kinds = {"step": 0.25 + 0.5 * quality, "off topic": 0.3 - 0.25 * quality, "polite": 0.1 + 0.1 * quality,
              "rude": 0.2 - 0.2 * quality, "filler": 0.15}  # fmt: skip
     fixed = {"off topic": TOY_OFF_TOPIC, "polite": TOY_POLITE, "rude": TOY_RUDE, "filler": TOY_FILLER}
     sentences = []
-    for kind in rng.choices(list(kinds), list(kinds.values()), k=rng.randint(2, 5)):
+    for kind in rng.choices(list(kinds), list(kinds.values()), k=rng.randint(2, 7)):
         # Slips are rare: a step for another task or about another object, a sentence said twice.
         about_task = rng.choice(list(TOY_STEPS)) if rng.random() < 0.03 else task
         about_thing = rng.choice(TOY_OBJECTS) if rng.random() < 0.03 else thing
@@ -293,7 +308,7 @@ def toy_response(rng: random.Random, task: str, thing: str) -> str:
     return " " + " ".join(sentences)
 
 
-def toy_rows(count: int, seed: int):
+def toy_rows(count: int, seed: int) -> Iterator[dict]:
     """Yields `count` rows of the toy world; labels are Bradley-Terry draws on the gold gap, so some are wrong."""
     rng = random.Random(seed)
     for _ in range(count):
@@ -362,7 +377,7 @@ def load_pairs(settings: CommonSettings, name: str) -> Pairs:
     return pairs
 
 
-def read_rows(source: str, limit: int, seed: int):
+def read_rows(source: str, limit: int, seed: int) -> Iterator[tuple[str, dict]]:
     """Yields (where, row) for each row of `source`; a row is a dict, `where` names it in error messages."""
     if source == "toy":
         rows = ((f"toy row {number}", row) for number, row in enumerate(toy_rows(limit, seed), 1))
@@ -373,7 +388,7 @@ def read_rows(source: str, limit: int, seed: int):
     yield from itertools.islice(rows, limit)
 
 
-def read_hub_rows(source: str):
+def read_hub_rows(source: str) -> Iterator[tuple[str, dict]]:
     """Rows of Anthropic/hh-rlhf (hh) or of the comparisons of openai/summarize_from_feedback (tldr)."""
     import datasets
 
@@ -391,12 +406,11 @@ def read_hub_rows(source: str):
         yield f"{repository} row {number}", row
 
 
-def read_file_rows(path: Path):
+def read_file_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """Rows of a .jsonl, .jsonl.gz, .json (a list of rows) or .parquet file, or of all such files in a folder."""
     if path.is_dir():
-        files = sorted(
-            file for file in path.iterdir() if file.name.endswith((".jsonl", ".jsonl.gz", ".json", ".parquet"))
-        )
+        endings = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+        files = sorted(file for file in path.iterdir() if file.name.endswith(endings))
         if not files:
             raise UserError(f"--data {path}: no .jsonl, .jsonl.gz, .json or .parquet file in this folder")
         for file in files:
@@ -404,24 +418,28 @@ def read_file_rows(path: Path):
         return
     if not path.is_file():
         raise UserError(f"--data {path}: no such file or folder; or name toy, hh or tldr")
+    number = 0
     try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            batches = pyarrow.parquet.ParquetFile(path).iter_batches()
-            rows = (row for batch in batches for row in batch.to_pylist())
-        elif path.suffix == ".json":
-            rows = iter(json.loads(path.read_text("utf-8")))
-        else:
-            rows = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-        for number in itertools.count(1):
-            where = f"{path} row {number}"
-            row = next(rows, None)
-            if row is None:
-                break
-            yield where, json.loads(row) if isinstance(row, str) else row
+        for number, row in enumerate(parse_rows(path), 1):
+            yield f"{path} row {number}", row
     except (ValueError, TypeError, OSError, EOFError, RecursionError) as error:
-        raise UserError(f"{locals().get('where', path)}: cannot be read ({error})") from error
+        raise UserError(f"{path} row {number + 1}: cannot be read ({error})") from error
+    if not number:
+        raise UserError(f"{path}: holds no rows")
+
+
+def parse_rows(path: Path) -> Iterator[dict]:
+    """The rows of one file, as its ending says."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    elif path.suffix == ".json":
+        yield from json.loads(path.read_text("utf-8"))
+    else:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+            yield from (json.loads(line) for line in lines if line.strip())
 
 
 def split_row(where: str, row: dict) -> tuple[str, str, str, str] | None:
@@ -451,7 +469,7 @@ def make_pairs(rows: list, tokenizer: Tokenizer, source: str, context: int, max_
         problem = row_problem(row)
         if problem is None:
             prompt = tokenizer.encode(row[0])
-            chosen, rejected = (tokenizer.encode(text) + [tokenizer.end] for text in row[2:])
+            chosen, rejected = ([*tokenizer.encode(text), tokenizer.end] for text in row[2:])
             if max(len(chosen), len(rejected)) > max_response:
                 problem = f"dropped: response over {max_response} tokens"
         if problem is not None:
@@ -534,7 +552,9 @@ def visibility(document: Tensor, branch: Tensor):
     return rule
 
 
-def pack(documents: list[tuple[Tensor, ...]], device: torch.device, rows_per_pass: int | None = None) -> Iterator[Packed]:
+def pack(
+    documents: list[tuple[Tensor, ...]], device: torch.device, rows_per_pass: int | None = None
+) -> Iterator[Packed]:
     """Packs documents, each (prompt, response, response, …), into rows; yields one `Packed` per forward pass.
 
     From the longest document down, each goes into the row that it fills best. Short rows suit the CPU, whose dense
@@ -616,8 +636,8 @@ class Config:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864): turns the pairs (x_i, x_{i + d/2}) of each head
-    by an angle that grows with position. x: [rows, heads, length, head_dim]; cos, sin: [rows, 1, length, head_dim/2]."""
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864): turns the pairs (x_i, x_{i + d/2}) of each head by
+    an angle that grows with position. x: [rows, heads, length, head_dim]; cos, sin: [rows, 1, length, head_dim / 2]."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
@@ -643,7 +663,8 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.update(key, value)
         if isinstance(mask, BlockMask):
-            mixed = flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
+            attend = compiled_function(flex_attention) if query.is_cuda else flex_attention
+            mixed = attend(query, key, value, block_mask=mask, enable_gqa=True)
         else:
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
         return self.output(mixed.transpose(1, 2).reshape(rows, length, -1))
@@ -696,7 +717,10 @@ class GPT(nn.Module):
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.activations == torch.bfloat16):
             x = self.embedding(tokens)
             for index, block in enumerate(self.blocks):
-                x = block(x, rotary, mask, caches[index] if caches else None)
+                if caches is None:
+                    x = block(x, rotary, mask)
+                else:  # past compilation: a cache that grows would have the block compiled again and again
+                    x = block.forward(x, rotary, mask, caches[index])
             return self.norm(x)
 
     @property
@@ -784,7 +808,7 @@ def gradient_chunk(hidden, matrix, targets, logsumexp, grad, temperature):
 
 @functools.cache
 def compiled_function(function):
-    """torch.compile of `function`, once a process; `dynamic`, since the last chunk is shorter than the others."""
+    """torch.compile of `function`, once a process; `dynamic`, since batches and last chunks differ in size."""
     return torch.compile(function, dynamic=True)
 
 
@@ -1137,18 +1161,18 @@ class Settings(TrainingSettings):
 
     data: str = "toy"  # toy, hh, tldr, or a .jsonl, .jsonl.gz, .json or .parquet file, or a folder of them
     save: str = "sft.pt"  # checkpoint to write
-    limit: int = 9000  # pairs to read (toy: to make)
-    test_share: float = 0.1  # share of the prompts held back in test.pt
-    epochs: float = 1.5  # passes over the training pairs
-    batch_size: int = 32  # pairs per optimiser step
-    lr: float = 2e-3  # peak learning rate
-    vocabulary: int | None = None  # tokens of the tokenizer trained here; default: 640 for toy, else 4096
-    dim: int = 128  # width of the model
-    layers: int = 3  # number of blocks
-    heads: int = 4  # query heads
-    kv_heads: int = 2  # key-value heads
-    context: int = 512  # longest prompt + response, in tokens
-    max_response: int = 128  # pairs with a longer response are dropped, in tokens
+    limit: Count = 9000  # pairs to read (toy: to make)
+    test_share: Share = 0.1  # share of the prompts held back in test.pt
+    epochs: Number = 1.5  # passes over the training pairs
+    batch_size: Count = 32  # pairs per optimiser step
+    lr: Number = 2e-3  # peak learning rate
+    vocabulary: Count | None = None  # tokens of the tokenizer trained here; default: 640 for toy, else 4096
+    dim: Count = 128  # width of the model
+    layers: Count = 3  # number of blocks
+    heads: Count = 4  # query heads
+    kv_heads: Count = 2  # key-value heads
+    context: Count = 512  # longest prompt + response, in tokens
+    max_response: Count = 128  # pairs with a longer response are dropped, in tokens
 
 
 def read_pairs(settings: Settings) -> tuple[Pairs, Pairs]:

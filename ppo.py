@@ -24,13 +24,14 @@ from torch import Tensor
 from model import (
     GPT,
     ByModel,
-    Packed,
+    Count,
+    Number,
+    Positive,
+    Share,
     Tokenizer,
     Training,
     TrainingSettings,
-    UserError,
     batch_indices,
-    choose_device,
     count_steps,
     generate,
     gold_reward,
@@ -55,20 +56,20 @@ class Settings(TrainingSettings):
     reference: str | None = None  # policy to stay near; default: --init
     reward: str = "reward.pt"  # reward model, and the critic's start
     save: str = "ppo.pt"  # checkpoint to write
-    epochs: float = 1.0  # passes over the prompts
-    batch_size: int = 128  # prompts answered per step
-    ppo_epochs: int = 4  # passes over each batch of answers
-    minibatches: int = 1  # optimiser steps per pass
-    lr: float = ByModel(scratch=3e-4, pretrained=3e-6)  # peak learning rate
-    kl_coefficient: float = 0.05  # β: reward taken per nat of log-ratio to the reference
-    gamma: float = 1.0  # γ: discount per token
-    gae_lambda: float = 0.95  # λ of generalised advantage estimation
-    temperature: float = 1.0  # of sampling, and of all log-probs
-    max_new_tokens: int = ByModel(scratch=96, pretrained=256)  # longest answer
-    missing_eos_penalty: float = 1.0  # subtracted from the score of an answer that did not end
-    clip_ratio: float = 0.2  # ε: the probability ratio is clipped to 1 ± this
-    clip_value: float = 0.2  # the critic's new value is clipped to its old one ± this
-    value_coefficient: float = 0.1  # weight c of the value loss
+    epochs: Number = 1.0  # passes over the prompts
+    batch_size: Count = 128  # prompts answered per step
+    ppo_epochs: Count = 4  # passes over each batch of answers
+    minibatches: Count = 1  # optimiser steps per pass
+    lr: Number = ByModel(scratch=3e-4, pretrained=3e-6)  # peak learning rate
+    kl_coefficient: Number = 0.05  # β: reward taken per nat of log-ratio to the reference
+    gamma: Share = 1.0  # γ: discount per token
+    gae_lambda: Share = 0.95  # λ of generalised advantage estimation
+    temperature: Positive = 1.0  # of sampling, and of all log-probs
+    max_new_tokens: Count = ByModel(scratch=96, pretrained=256)  # longest answer
+    missing_eos_penalty: Number = 1.0  # subtracted from the score of an answer that did not end
+    clip_ratio: Number = 0.2  # ε: the probability ratio is clipped to 1 ± this
+    clip_value: Number = 0.2  # the critic's new value is clipped to its old one ± this
+    value_coefficient: Number = 0.1  # weight c of the value loss
 
 
 def shaped_rewards(
@@ -222,7 +223,6 @@ def main() -> None:
     """Trains the policy by PPO."""
     # 1. Settings, prompts, and four models: policy, reference, reward model, critic.
     settings = parse_settings(Settings, __doc__)
-    device = choose_device(settings)
     pairs = load_pairs(settings, settings.data)
     policy, tokenizer = load_model(settings, settings.init, GPT)
     reference, reference_tokenizer = load_model(settings, settings.reference or settings.init, GPT)
@@ -230,8 +230,6 @@ def main() -> None:
     critic, _ = load_model(settings, settings.reward, RewardModel)
     require_same_tokenizer(init=tokenizer, reference=reference_tokenizer, reward=reward_tokenizer, data=pairs.tokenizer)
     settle(settings, policy.config.pretrained)
-    if settings.temperature == 0 or settings.max_new_tokens == 0:
-        raise UserError("--temperature and --max-new-tokens must be above 0")
 
     # 2. One optimiser for policy and critic: they share no weights, only the clipped gradient norm.
     parameters = [*policy.parameters(), *critic.parameters()]

@@ -24,6 +24,8 @@ from model import (
     GPT,
     ByModel,
     Config,
+    Count,
+    Number,
     Packed,
     Pairs,
     Training,
@@ -49,9 +51,9 @@ class Settings(TrainingSettings):
     test: str = "test.pt"  # held-back pairs to report on
     init: str = "sft.pt"  # policy whose weights the trunk starts from
     save: str = "reward.pt"  # checkpoint to write
-    epochs: float = 1.0  # passes over the training pairs
-    batch_size: int = ByModel(scratch=32, pretrained=64)  # pairs per optimiser step
-    lr: float = ByModel(scratch=5e-4, pretrained=3e-6)  # peak learning rate
+    epochs: Number = 1.0  # passes over the training pairs
+    batch_size: Count = ByModel(scratch=32, pretrained=64)  # pairs per optimiser step
+    lr: Number = ByModel(scratch=5e-4, pretrained=3e-6)  # peak learning rate
 
 
 class RewardModel(nn.Module):

@@ -23,7 +23,7 @@ from torch import Tensor
 from model import (
     CommonSettings,
     Pairs,
-    UserError,
+    Share,
     choose_device,
     load_model,
     load_pairs,
@@ -43,7 +43,7 @@ class Settings(CommonSettings):
     init: str = "reward.pt"  # reward model to score them with
     by: Literal["reward", "random"] = "reward"  # random: the control, two parts of the same sizes
     gap: Literal["signed", "absolute"] = "signed"  # absolute: a pair ranked far against its label counts as easy
-    fraction: float = 0.5  # share of the pairs that is easy, unless --threshold is given
+    fraction: Share = 0.5  # share of the pairs that is easy, unless --threshold is given
     threshold: float | None = None  # the γ from which a gap counts as easy
     easy: str = "easy.pt"  # file for the easy pairs
     hard: str = "hard.pt"  # file for the hard pairs
@@ -95,8 +95,6 @@ def main() -> None:
     # 1. Settings, pairs, reward model.
     settings = parse_settings(Settings, __doc__)
     device = choose_device(settings)
-    if settings.fraction > 1:
-        raise UserError(f"--fraction is {settings.fraction}: it must lie between 0 and 1")
     pairs = load_pairs(settings, settings.data)
     model, tokenizer = load_model(settings, settings.init, RewardModel)
     require_same_tokenizer(init=tokenizer, data=pairs.tokenizer)

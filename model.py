@@ -153,6 +153,9 @@ def run_command(main) -> None:
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # what no check foresaw: a full disk while logging, a folder that vanished
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
@@ -1064,8 +1067,7 @@ class Training:
                 part.load_state_dict(state[key])
             self.step = state["step"]
             lines = self.log_path.read_text().splitlines(keepends=True)[: self.step]
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        self.log_path.write_text("".join(lines))
+        write_text(self.log_path, "".join(lines))
 
     def __iter__(self):
         handlers = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -1132,8 +1134,8 @@ class Training:
             peak = torch.cuda.max_memory_allocated() / 2**20
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        record = {"step": self.step, **metrics, "lr": self.lr, "seconds": seconds, "tokens_per_second": tokens / seconds,
-                  f"{unit}_per_second": units / seconds, "peak_memory_mb": peak}  # fmt: skip
+        speed = {"tokens_per_second": tokens / seconds, f"{unit}_per_second": units / seconds}
+        record = {"step": self.step, **metrics, "lr": self.lr, "seconds": seconds, **speed, "peak_memory_mb": peak}
         with self.log_path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         self.bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown}, refresh=False)
@@ -1203,6 +1205,19 @@ def read_pairs(settings: Settings) -> tuple[Pairs, Pairs]:
     return both[0], both[1]
 
 
+def check_shape(settings: Settings) -> None:
+    """Raises UserError if the flags don't make a model."""
+    dim, heads, kv_heads = settings.dim, settings.heads, settings.kv_heads
+    if dim % (2 * heads):
+        raise UserError(
+            f"--dim {dim} is not a multiple of 2 × --heads {heads}: rotary positions need heads of even width"
+        )
+    if heads % kv_heads:
+        raise UserError(f"--heads {heads} is not a multiple of --kv-heads {kv_heads}")
+    if settings.max_response >= settings.context:
+        raise UserError(f"--max-response {settings.max_response} leaves no room in --context {settings.context}")
+
+
 def sft_documents(pairs: Pairs, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
     """(prompt, chosen) of each pair."""
     return [pairs[index][:2] for index in indices]
@@ -1213,23 +1228,16 @@ def main() -> None:
     # 1. Settings, then data: text pairs become token ids, some held back for testing.
     settings = parse_settings(Settings, __doc__)
     device = choose_device(settings)
+    check_shape(settings)
     pairs, test = read_pairs(settings)
     pairs.save(Path(settings.out) / "pairs.pt")
     test.save(Path(settings.out) / "test.pt")
 
     # 2. The model, from random weights.
     torch.manual_seed(settings.seed)
+    shape = settings.dim, settings.layers, settings.heads, settings.kv_heads
     mlp = -(-settings.dim * 8 // 3 // 32) * 32  # SwiGLU has three matrices: 8/3 of the width costs what 4 cost with two
-    config = Config(
-        pairs.tokenizer.size,
-        settings.dim,
-        settings.layers,
-        settings.heads,
-        settings.kv_heads,
-        mlp,
-        settings.context,
-    )
-    policy = prepare_model(GPT(config), settings)
+    policy = prepare_model(GPT(Config(pairs.tokenizer.size, *shape, mlp, settings.context)), settings)
     print(f"model: {sum(parameter.numel() for parameter in policy.parameters()) / 1e6:.2f} M parameters on {device}")
 
     # 3. Cross-entropy on the chosen responses: a mean over the batch's tokens, however it is cut into passes.

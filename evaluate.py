@@ -186,13 +186,15 @@ def main() -> None:
 
     # 2. Answers of each policy, and of SFT to compare them with.
     prompts = [pairs[index][0] for index in range(len(pairs))]
+    for name in settings.policies:  # every file is checked before any work
+        require_same_tokenizer(policies=load_model(settings, name, GPT)[1], data=pairs.tokenizer)
     answers = {}
     for name in tqdm(settings.policies, desc="answering", unit="policy"):
         policy, tokenizer = load_model(settings, name, GPT)
-        require_same_tokenizer(policies=tokenizer, data=pairs.tokenizer)
-        answers[Path(name).stem] = answer(settings, prompts, tokenizer, pairs.source, policy, sft, reward)
-    sft_name = Path(settings.sft).stem
-    sft_answers = answers.get(sft_name) or answer(settings, prompts, sft_tokenizer, pairs.source, sft, sft, reward)
+        answers[name.removesuffix(".pt")] = answer(settings, prompts, tokenizer, pairs.source, policy, sft, reward)
+    sft_answers = answers.get(settings.sft.removesuffix(".pt")) or answer(
+        settings, prompts, sft_tokenizer, pairs.source, sft, sft, reward
+    )
 
     # 3. Table, samples, file.
     summaries = {name: summarise(given, sft_answers, chosen) for name, given in answers.items()}

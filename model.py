@@ -30,6 +30,7 @@ import signal
 import sys
 import time
 import typing
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ def number(kind: type, allowed, description: str):
 Whole = number(int, lambda value: value >= 0, "a whole number from 0 up")
 Count = number(int, lambda value: value >= 1, "a whole number from 1 up")
 Share = number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+Real = number(float, lambda value: True, "a number")
 Number = number(float, lambda value: value >= 0, "a number from 0 up")
 Positive = number(float, lambda value: value > 0, "a number above 0")
 
@@ -102,6 +104,22 @@ class TrainingSettings(CommonSettings):
     warmup: Share = 0.1  # share of the steps in which the learning rate rises from 0
     decay: Literal["constant", "linear"] = "linear"  # learning rate after the warm-up
     clip: Positive = 1.0  # gradient norm is clipped to this
+
+    def __post_init__(self):
+        if not self.save.endswith(".pt"):
+            raise UserError(f"--save {self.save!r}: the name of a checkpoint ends in .pt")
+        if self.resume and not self.state_path.is_file():
+            raise UserError(f"--resume: there is no saved state {self.state_path}; run without --resume")
+
+    @property
+    def log_path(self) -> Path:
+        """The log of this run: OUT/<save name>.jsonl."""
+        return Path(self.out) / f"{self.save.removesuffix('.pt')}.jsonl"
+
+    @property
+    def state_path(self) -> Path:
+        """The state that --resume goes on from; there is one at most."""
+        return Path(self.out) / f"{self.save.removesuffix('.pt')}.state.pt"
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -166,9 +184,10 @@ def find_file(settings: CommonSettings, name: str) -> Path:
     for path in (Path(settings.out) / name, Path(name)):
         if path.is_file():
             return path
-    makers = {"reward": "reward", "easy": "split", "hard": "split", "dpo": "dpo", "ppo": "ppo"}
-    maker = makers.get(Path(name).stem, "model")
-    raise UserError(f"{Path(settings.out) / name}: no such file; run python {maker}.py first, or name another")
+    makers = {"pairs.pt": "model", "test.pt": "model", "sft.pt": "model", "reward.pt": "reward", "easy.pt": "split",
+              "hard.pt": "split", "dpo.pt": "dpo", "ppo.pt": "ppo"}  # fmt: skip
+    remedy = f"run python {makers[name]}.py first, or name another" if name in makers else "name one that exists"
+    raise UserError(f"{Path(settings.out) / name}: no such file; {remedy}")
 
 
 # ---- Tokenizer: byte-level byte-pair encoding ----
@@ -269,8 +288,8 @@ def gold_reward(prompt: str, response: str) -> float:
     """How good `response` is, for any text at all: the truth of the toy world.
 
     1 for each distinct step that belongs to the asked task and names the asked object, up to three; 0.5 for each
-    distinct polite sentence, up to two; −1 for each rude one; −0.5 for each step that is off topic and for each
-    sentence said again; −0.25 for each sentence of filler, which is everything else, a fourth step included.
+    distinct polite sentence, up to two; −1 for each rude one; −0.5 for each that is off topic and for each said again;
+    −0.25 for each sentence of filler, which is everything else, a fourth step included.
     """
     asked = set(re.findall(r"\w+", prompt.rpartition("\n\nHuman:")[2]))
     sentences = [sentence.strip() for sentence in re.findall(r"[^.!?]+[.!?]?", response) if sentence.strip()]
@@ -295,13 +314,13 @@ def gold_reward(prompt: str, response: str) -> float:
 
 
 def toy_response(rng: random.Random, task: str, thing: str) -> str:
-    """One response: two to seven sentences, more of them helpful the higher its hidden quality was drawn."""
+    """One response: two to five sentences, more of them helpful the higher its hidden quality was drawn."""
     quality = rng.random()
     kinds = {"step": 0.25 + 0.5 * quality, "off topic": 0.3 - 0.25 * quality, "polite": 0.1 + 0.1 * quality,
              "rude": 0.2 - 0.2 * quality, "filler": 0.15}  # fmt: skip
     fixed = {"off topic": TOY_OFF_TOPIC, "polite": TOY_POLITE, "rude": TOY_RUDE, "filler": TOY_FILLER}
     sentences = []
-    for kind in rng.choices(list(kinds), list(kinds.values()), k=rng.randint(2, 7)):
+    for kind in rng.choices(list(kinds), list(kinds.values()), k=rng.randint(2, 5)):
         # Slips are rare: a step for another task or about another object, a sentence said twice.
         about_task = rng.choice(list(TOY_STEPS)) if rng.random() < 0.03 else task
         about_thing = rng.choice(TOY_OBJECTS) if rng.random() < 0.03 else thing
@@ -367,14 +386,15 @@ class Pairs:
     def save(self, path: Path) -> None:
         """Writes the pairs file. The order of the fields is the format's."""
         state = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        save_file(path, {"kind": "pairs", **state, "tokenizer": self.tokenizer.state})
+        save_file(path, {"kind": "pairs file", **state, "tokenizer": self.tokenizer.state})
 
 
 def load_pairs(settings: CommonSettings, name: str) -> Pairs:
     """Reads the pairs file `name`. Raises UserError if it is missing, broken, or holds no pair."""
     path = find_file(settings, name)
-    state = load_file(path, "pairs")
-    pairs = Pairs(**{**state, "tokenizer": Tokenizer(**state["tokenizer"])})
+    with reading(path):
+        state = load_file(path, "pairs file")
+        pairs = Pairs(**{**state, "tokenizer": Tokenizer(**state["tokenizer"])})
     if not len(pairs):
         raise UserError(f"{path}: holds no pairs")
     return pairs
@@ -425,7 +445,7 @@ def read_file_rows(path: Path) -> Iterator[tuple[str, dict]]:
     try:
         for number, row in enumerate(parse_rows(path), 1):
             yield f"{path} row {number}", row
-    except (ValueError, TypeError, OSError, EOFError, RecursionError) as error:
+    except (ValueError, TypeError, OSError, EOFError, RecursionError, zlib.error) as error:
         raise UserError(f"{path} row {number + 1}: cannot be read ({error})") from error
     if not number:
         raise UserError(f"{path}: holds no rows")
@@ -441,7 +461,7 @@ def parse_rows(path: Path) -> Iterator[dict]:
     elif path.suffix == ".json":
         yield from json.loads(path.read_text("utf-8"))
     else:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
             yield from (json.loads(line) for line in lines if line.strip())
 
 
@@ -933,9 +953,10 @@ def write_whole(path: Path, write) -> None:
             os.fsync(file.fileno())
         beside.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise UserError(f"{path}: cannot be written ({error}); what was there is unchanged") from error
+    finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error}); what was there is unchanged") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -948,16 +969,25 @@ def save_file(path: Path, content: dict) -> None:
     write_whole(path, lambda file: torch.save({"version": FORMAT_VERSION, **content}, file))
 
 
+@contextlib.contextmanager
+def reading(path: Path):
+    """Turns whatever a damaged file raises while it is read into a UserError that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: not a file of this project, or damaged ({type(error).__name__})") from error
+
+
 def load_file(path: Path, kind: str) -> dict:
     """Reads what `save_file` wrote. Raises UserError unless it is a file of this `kind` and version."""
-    try:
+    with reading(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{path}: not a file of this project, or damaged ({type(error).__name__})") from error
-    found = content.pop("kind", None) if isinstance(content, dict) else None
+        found, version = content.pop("kind"), content.pop("version")
     if found != kind:
-        raise UserError(f"{path}: holds {found or 'something unknown'}, but {kind} is needed here")
-    if (version := content.pop("version")) != FORMAT_VERSION:
+        raise UserError(f"{path}: holds a {found}, but a {kind} is needed here")
+    if version != FORMAT_VERSION:
         raise UserError(f"{path}: has format {version}, this code reads {FORMAT_VERSION}; make it again")
     return content
 
@@ -974,10 +1004,12 @@ def save_model(settings: CommonSettings, model: nn.Module, tokenizer: Tokenizer)
 
 def load_model(settings: CommonSettings, name: str, model_class: type) -> tuple[nn.Module, Tokenizer]:
     """Reads a model of `model_class` and its tokenizer, and prepares it for the device."""
-    content = load_file(find_file(settings, name), model_class.kind)
-    model = model_class(Config(**content["config"]))
-    model.load_state_dict(content["weights"])
-    return prepare_model(model, settings), Tokenizer(**content["tokenizer"])
+    path = find_file(settings, name)
+    with reading(path):
+        content = load_file(path, model_class.kind)
+        model, tokenizer = model_class(Config(**content["config"])), Tokenizer(**content["tokenizer"])
+        model.load_state_dict(content["weights"])
+    return prepare_model(model, settings), tokenizer
 
 
 def require_same_tokenizer(**tokenizers: Tokenizer) -> None:
@@ -1027,12 +1059,12 @@ def count_steps(settings: TrainingSettings, examples: int) -> int:
     """Optimiser steps: --steps, or as many as --epochs passes over the examples make."""
     if settings.steps is not None:
         return settings.steps
-    return max(1, round(settings.epochs * examples / settings.batch_size))
+    return math.ceil(settings.epochs * examples / settings.batch_size)
 
 
 def mixed_seed(seed: int, number: int) -> int:
     """A seed for the `number`-th use, so that a step's randomness hangs on nothing that came before it."""
-    return seed * 1_000_003 + number
+    return (seed * 1_000_003 + number) % 2**63
 
 
 def batch_indices(examples: int, batch_size: int, step: int, seed: int) -> list[int]:
@@ -1055,19 +1087,22 @@ class Training:
 
     def __init__(self, settings: TrainingSettings, steps: int, **parts):
         self.settings, self.steps, self.parts, self.step = settings, steps, parts, 0
-        name = Path(settings.out) / Path(settings.save).stem
-        self.log_path, self.state_path = name.with_suffix(".jsonl"), name.with_suffix(".state.pt")
         self.stopping = False
+        # What must not change between a run and its resumption.
+        self.fixed = {key: value for key, value in vars(settings).items() if key not in ("out", "resume", "save_every")}
         lines = []
         if settings.resume:
-            if not self.state_path.is_file():
-                raise UserError(f"--resume: no saved state {self.state_path}; run without --resume")
-            state = load_file(self.state_path, "resume state")
+            state = load_file(settings.state_path, "resume state")
+            for key, value in self.fixed.items():
+                if state["settings"].get(key) != value:
+                    raise UserError(f"--resume: --{key} is {value}, but was {state['settings'].get(key)}")
             for key, part in parts.items():
                 part.load_state_dict(state[key])
             self.step = state["step"]
-            lines = self.log_path.read_text().splitlines(keepends=True)[: self.step]
-        write_text(self.log_path, "".join(lines))
+            lines = settings.log_path.read_text().splitlines(keepends=True)[: self.step]
+        else:
+            settings.state_path.unlink(missing_ok=True)
+        write_text(settings.log_path, "".join(lines))
 
     def __iter__(self):
         handlers = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -1100,7 +1135,8 @@ class Training:
     def save_state(self) -> None:
         """Writes all that --resume needs."""
         parts = {key: part.state_dict() for key, part in self.parts.items()}
-        save_file(self.state_path, {"kind": "resume state", "step": self.step, **parts})
+        content = {"kind": "resume state", "step": self.step, "settings": self.fixed, **parts}
+        save_file(self.settings.state_path, content)
 
     @property
     def lr(self) -> float:
@@ -1136,14 +1172,14 @@ class Training:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         speed = {"tokens_per_second": tokens / seconds, f"{unit}_per_second": units / seconds}
         record = {"step": self.step, **metrics, "lr": self.lr, "seconds": seconds, **speed, "peak_memory_mb": peak}
-        with self.log_path.open("a") as file:
+        with self.settings.log_path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         self.bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown}, refresh=False)
 
     def finish(self, model: nn.Module, tokenizer: Tokenizer, next_command: str) -> None:
         """Saves the trained model, drops the resume state, and says which command comes next."""
         save_model(self.settings, model, tokenizer)
-        self.state_path.unlink(missing_ok=True)
+        self.settings.state_path.unlink(missing_ok=True)
         say_next(self.settings, [self.settings.save], next_command)
 
 
@@ -1176,6 +1212,15 @@ class Settings(TrainingSettings):
     context: Count = 512  # longest prompt + response, in tokens
     max_response: Count = 128  # pairs with a longer response are dropped, in tokens
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.dim % (2 * self.heads):
+            raise UserError(f"--dim {self.dim} is not a multiple of 2 × --heads {self.heads}: rotation turns pairs")
+        if self.heads % self.kv_heads:
+            raise UserError(f"--heads {self.heads} is not a multiple of --kv-heads {self.kv_heads}")
+        if self.max_response >= self.context:
+            raise UserError(f"--max-response {self.max_response} leaves no room in --context {self.context}")
+
 
 def read_pairs(settings: Settings) -> tuple[Pairs, Pairs]:
     """(training pairs, test pairs) from --data. The tokenizer is trained on the training text alone."""
@@ -1205,19 +1250,6 @@ def read_pairs(settings: Settings) -> tuple[Pairs, Pairs]:
     return both[0], both[1]
 
 
-def check_shape(settings: Settings) -> None:
-    """Raises UserError if the flags don't make a model."""
-    dim, heads, kv_heads = settings.dim, settings.heads, settings.kv_heads
-    if dim % (2 * heads):
-        raise UserError(
-            f"--dim {dim} is not a multiple of 2 × --heads {heads}: rotary positions need heads of even width"
-        )
-    if heads % kv_heads:
-        raise UserError(f"--heads {heads} is not a multiple of --kv-heads {kv_heads}")
-    if settings.max_response >= settings.context:
-        raise UserError(f"--max-response {settings.max_response} leaves no room in --context {settings.context}")
-
-
 def sft_documents(pairs: Pairs, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
     """(prompt, chosen) of each pair."""
     return [pairs[index][:2] for index in indices]
@@ -1228,13 +1260,12 @@ def main() -> None:
     # 1. Settings, then data: text pairs become token ids, some held back for testing.
     settings = parse_settings(Settings, __doc__)
     device = choose_device(settings)
-    check_shape(settings)
     pairs, test = read_pairs(settings)
     pairs.save(Path(settings.out) / "pairs.pt")
     test.save(Path(settings.out) / "test.pt")
 
     # 2. The model, from random weights.
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(mixed_seed(settings.seed, 0))
     shape = settings.dim, settings.layers, settings.heads, settings.kv_heads
     mlp = -(-settings.dim * 8 // 3 // 32) * 32  # SwiGLU has three matrices: 8/3 of the width costs what 4 cost with two
     policy = prepare_model(GPT(Config(pairs.tokenizer.size, *shape, mlp, settings.context)), settings)

@@ -31,6 +31,7 @@ from model import (
     Tokenizer,
     Training,
     TrainingSettings,
+    UserError,
     batch_indices,
     count_steps,
     generate,
@@ -70,6 +71,11 @@ class Settings(TrainingSettings):
     clip_ratio: Number = 0.2  # ε: the probability ratio is clipped to 1 ± this
     clip_value: Number = 0.2  # the critic's new value is clipped to its old one ± this
     value_coefficient: Number = 0.1  # weight c of the value loss
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.minibatches > self.batch_size:
+            raise UserError(f"--minibatches {self.minibatches} is more than --batch-size {self.batch_size}")
 
 
 def shaped_rewards(
@@ -208,10 +214,11 @@ def update(
 def rollout_metrics(rollout: Rollout, returns: Tensor, tokenizer: Tokenizer, source: str) -> dict[str, float]:
     """What a step's answers were like, for the log; in the toy world also their gold reward."""
     log_ratio = rollout.logprobs - rollout.reference_logprobs
-    error = (returns - rollout.values)[rollout.real]
+    returns, values = returns[rollout.real], rollout.values[rollout.real]
+    unexplained = (returns - values).var(unbiased=False) / (returns.var(unbiased=False) + 1e-8)
     metrics = {"score": rollout.scores.mean(), "kl": log_ratio.sum(1).mean(), "length": rollout.lengths.float().mean(),
                "ended": rollout.ended.float().mean(),
-               "explained_variance": 1 - error.var() / returns[rollout.real].var()}  # fmt: skip
+               "explained_variance": 1 - unexplained}  # fmt: skip
     metrics = {name: value.item() for name, value in metrics.items()}
     if source == "toy":
         texts = [[tokenizer.decode(part.tolist()) for part in document] for document in rollout.documents]

@@ -35,6 +35,7 @@ from model import (
     count_steps,
     load_model,
     load_pairs,
+    mixed_seed,
     pack,
     parse_settings,
     require_same_tokenizer,
@@ -138,7 +139,7 @@ def main() -> None:
     policy, tokenizer = load_model(settings, settings.init, GPT)
     require_same_tokenizer(init=tokenizer, data=pairs.tokenizer, test=test.tokenizer)
     settle(settings, policy.config.pretrained)
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(mixed_seed(settings.seed, 0))
     model = RewardModel(policy.config).to(device)
     model.trunk = policy
 

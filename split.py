@@ -23,10 +23,13 @@ from torch import Tensor
 from model import (
     CommonSettings,
     Pairs,
+    Real,
     Share,
+    UserError,
     choose_device,
     load_model,
     load_pairs,
+    mixed_seed,
     parse_settings,
     require_same_tokenizer,
     run_command,
@@ -44,9 +47,13 @@ class Settings(CommonSettings):
     by: Literal["reward", "random"] = "reward"  # random: the control, two parts of the same sizes
     gap: Literal["signed", "absolute"] = "signed"  # absolute: a pair ranked far against its label counts as easy
     fraction: Share = 0.5  # share of the pairs that is easy, unless --threshold is given
-    threshold: float | None = None  # the γ from which a gap counts as easy
+    threshold: Real | None = None  # the γ from which a gap counts as easy
     easy: str = "easy.pt"  # file for the easy pairs
     hard: str = "hard.pt"  # file for the hard pairs
+
+    def __post_init__(self):
+        if self.easy == self.hard:
+            raise UserError(f"--easy and --hard are the same file {self.easy}")
 
 
 def reward_gaps(rewards: Tensor, kind: str) -> Tensor:
@@ -106,7 +113,7 @@ def main() -> None:
     wrong = None if pairs.gold is None else pairs.gold[:, 0] < pairs.gold[:, 1]
     print(f"reward gaps of {len(pairs)} pairs, γ = {threshold:.3f}:\n{histogram(gaps, wrong, threshold)}")
     if settings.by == "random":
-        generator = torch.Generator().manual_seed(settings.seed)
+        generator = torch.Generator().manual_seed(mixed_seed(settings.seed, 0))
         easy = easy[torch.randperm(len(pairs), generator=generator)]
 
     # 3. Report and write.

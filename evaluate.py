@@ -165,7 +165,7 @@ def side_by_side(pairs: Pairs, answers: dict[str, Answers], count: int) -> str:
         lines.append(pairs.tokenizer.decode(pairs[index][0].tolist()).strip())
         for name, given in answers.items():
             title = f"  {TITLES.get(name, name)} [{given.judged[index]:+.2f}]"
-            lines.append(textwrap.fill(given.texts[index].strip(), 118, initial_indent=f"{title:16s} ",
+            lines.append(textwrap.fill(given.texts[index].strip() or "(nothing)", 118, initial_indent=f"{title:16s} ",
                                        subsequent_indent=" " * 17))  # fmt: skip
         lines.append("")
     return "\n".join(lines)

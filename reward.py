@@ -120,10 +120,10 @@ def report(rewards: Tensor, gold: Tensor | None) -> None:
         print(f"the toy world's gold reward itself scores {ranking_accuracy(gold):.1%} on these noisy labels")
     gaps = rewards[:, 0] - rewards[:, 1]
     # A pair and its mirror image say the same: predict the side that the model ranks first, from 50% up.
-    predicted, observed = gaps.abs().sigmoid(), (gaps > 0).double()
+    predicted, observed = gaps.abs().sigmoid(), (gaps > 0).double() + 0.5 * (gaps == 0).double()
     print("calibration: the side that the model ranks first is the chosen one …")
     for low in (0.5, 0.6, 0.7, 0.8, 0.9):
-        inside = (predicted >= low) & (predicted < low + 0.1 + 1e-9 * (low == 0.9))
+        inside = (predicted >= low) & ((predicted < low + 0.1) | (low == 0.9))
         if inside.any():
             said, seen, count = predicted[inside].mean(), observed[inside].mean(), int(inside.sum())
             left, right = wilson_interval(seen.item(), count)

@@ -76,13 +76,14 @@ def histogram(gaps: Tensor, wrong: Tensor | None, threshold: float) -> str:
     low, high = gaps.min().item(), gaps.max().item()
     width = (high - low) / 16 or 1.0
     bins = ((gaps - low) / width).long().clamp(0, 15)
+    marked = min(15, int((threshold - low) / width)) if low <= threshold <= high else None
     counts = bins.bincount(minlength=16)
     lines = []
     for index, count in enumerate(counts.tolist()):
         start = low + index * width
         bar = "█" * round(40 * count / counts.max().item())
         share = "" if wrong is None or not count else f"{wrong[bins == index].double().mean():5.0%} wrong"
-        mark = " ← γ" if start <= threshold < start + width else ""
+        mark = " ← γ" if index == marked else ""
         lines.append(f"  {start:+6.2f} to {start + width:+6.2f} {count:6d} {share:11s} {bar}{mark}")
     return "\n".join(lines)
 

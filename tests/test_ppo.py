@@ -1,6 +1,5 @@
 """Chapter 5: PPO's pure functions, and the nine things that a naive PPO gets wrong, numbered as in the design."""
 
-import contextlib
 import copy
 import json
 from dataclasses import replace
@@ -494,7 +493,7 @@ def test_command_moves_policy_and_critic_and_reads_no_label(monkeypatch, tmp_pat
     assert logs[0] == logs[1]
 
 
-def test_more_minibatches_than_answers_is_no_crash(monkeypatch, tmp_path, policy, reward_model, documents):
-    """Four answers in six minibatches: either the empty ones are left out, or the user is told."""
-    with contextlib.suppress(UserError):
-        assert len(run_ppo(monkeypatch, tmp_path, policy, reward_model, documents, "--minibatches", "6")) == 2
+def test_more_minibatches_than_answers_is_the_users_mistake(monkeypatch, tmp_path, policy, reward_model, documents):
+    """Four answers make no six minibatches; an empty one would stop the run in the middle."""
+    with pytest.raises(UserError, match="--minibatches 6"):
+        run_ppo(monkeypatch, tmp_path, policy, reward_model, documents, "--minibatches", "6")

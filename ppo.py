@@ -59,10 +59,12 @@ class Settings(TrainingSettings):
     save: str = "ppo.pt"  # checkpoint to write
     epochs: Number = 1.0  # passes over the prompts
     batch_size: Count = 128  # prompts answered per step
-    ppo_epochs: Count = 4  # passes over each batch of answers
-    minibatches: Count = 1  # optimiser steps per pass
+    ppo_epochs: Count = ByModel(scratch=2, pretrained=4)  # passes over each batch of answers
+    minibatches: Count = ByModel(scratch=8, pretrained=1)  # optimiser steps per pass
     lr: Number = ByModel(scratch=3e-4, pretrained=3e-6)  # peak learning rate
-    kl_coefficient: Number = 0.05  # β: reward taken per nat of log-ratio to the reference
+    kl_coefficient: Number = ByModel(
+        scratch=0.1, pretrained=0.05
+    )  # β: reward taken per nat of log-ratio to the reference
     gamma: Share = 1.0  # γ: discount per token
     gae_lambda: Share = 0.95  # λ of generalised advantage estimation
     temperature: Positive = 1.0  # of sampling, and of all log-probs
@@ -71,11 +73,6 @@ class Settings(TrainingSettings):
     clip_ratio: Number = 0.2  # ε: the probability ratio is clipped to 1 ± this
     clip_value: Number = 0.2  # the critic's new value is clipped to its old one ± this
     value_coefficient: Number = 0.1  # weight c of the value loss
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.minibatches > self.batch_size:
-            raise UserError(f"--minibatches {self.minibatches} is more than --batch-size {self.batch_size}")
 
 
 def shaped_rewards(
@@ -237,6 +234,8 @@ def main() -> None:
     critic, _ = load_model(settings, settings.reward, RewardModel)
     require_same_tokenizer(init=tokenizer, reference=reference_tokenizer, reward=reward_tokenizer, data=pairs.tokenizer)
     settle(settings, policy.config.pretrained)
+    if settings.minibatches > settings.batch_size:
+        raise UserError(f"--minibatches {settings.minibatches} is more than --batch-size {settings.batch_size}")
 
     # 2. One optimiser for policy and critic: they share no weights, only the clipped gradient norm.
     parameters = [*policy.parameters(), *critic.parameters()]

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from model import (
     GPT,
+    TOY_BEST_REWARD,
     ByModel,
     CommonSettings,
     Count,
@@ -198,9 +199,8 @@ def main() -> None:
 
     # 3. Table, samples, file.
     summaries = {name: summarise(given, sft_answers, chosen) for name, given in answers.items()}
-    print(
-        f"{len(pairs)} test prompts, temperature {settings.temperature}; mean ± standard error, 95% intervals of wins"
-    )
+    best = "" if pairs.gold is None else f"; the best gold reward possible is {TOY_BEST_REWARD}"
+    print(f"{len(pairs)} test prompts; mean ± standard error, wins with 95% interval{best}")
     print(table(summaries))
     print("\n" + side_by_side(pairs, answers, settings.samples))
     path = Path(settings.out) / settings.save

@@ -137,6 +137,7 @@ def parse_settings(settings_class, description: str):
         helps |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(parent), re.MULTILINE))
     hints = typing.get_type_hints(settings_class, include_extras=True)
     for field in dataclasses.fields(settings_class):
+        assert field.name in helps, f"{field.name}: a field and its comment must stand on one line"
         hint = hints[field.name]
         if type(None) in typing.get_args(hint):  # "X | None" reads an X
             hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
@@ -400,10 +401,10 @@ def load_pairs(settings: CommonSettings, name: str) -> Pairs:
     return pairs
 
 
-def read_rows(source: str, limit: int, seed: int) -> Iterator[tuple[str, dict]]:
+def read_rows(source: str, limit: int | None, seed: int) -> Iterator[tuple[str, dict]]:
     """Yields (where, row) for each row of `source`; a row is a dict, `where` names it in error messages."""
     if source == "toy":
-        rows = ((f"toy row {number}", row) for number, row in enumerate(toy_rows(limit, seed), 1))
+        rows = ((f"toy row {number}", row) for number, row in enumerate(toy_rows(limit or 9000, seed), 1))
     elif source in ("hh", "tldr"):
         rows = read_hub_rows(source)
     else:
@@ -534,8 +535,8 @@ class Packed:
     prompt and 1, 2, … in its branches, `position` counts within prompt + own branch. Sequences, one per branch, are
     numbered document by document. For each of the N response tokens: `source`, the flat index of the token before it
     on its branch, whose hidden state predicts it; `target`, its id; `sequence`, its sequence's number; `offset`, its
-    place in the response. `last`: flat index of each sequence's last token. `members`: for each document, its index
-    in the list that was packed.
+    place in the response. `last`: flat index of each sequence's last token (of a lone prompt: its own). `members`: for
+    each document, its index in the list that was packed.
     """
 
     tokens: Tensor
@@ -550,7 +551,9 @@ class Packed:
     members: Tensor
 
     def to(self, device: torch.device) -> "Packed":
-        return Packed(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
+        """The same batch on `device`."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return Packed(**{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
     @functools.cached_property
     def mask(self) -> "Tensor | BlockMask":
@@ -816,9 +819,9 @@ def logprob_chunk(hidden, matrix, targets, temperature):
     """(log-probs, entropies, log-sum-exps), each [n], of n tokens."""
     logits = (hidden @ matrix.T).float() / temperature  # (n, V)
     logsumexp = logits.logsumexp(-1)
-    mean_logit = ((logits - logsumexp[:, None]).exp() * logits).sum(-1)
-    target_logits = logits.gather(-1, targets[:, None])[:, 0]
-    return target_logits - logsumexp, logsumexp - mean_logit, logsumexp
+    every = logits - logsumexp[:, None]  # all log-probs; taken first, since logsumexp − Σ p·logit would cancel digits
+    entropies = -(every.exp() * every).sum(-1)
+    return every.gather(-1, targets[:, None])[:, 0], entropies, logsumexp
 
 
 def gradient_chunk(hidden, matrix, targets, logsumexp, grad, temperature):
@@ -924,6 +927,8 @@ def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperatu
         if step > 0:
             tokens = torch.where(output[live, step - 1] == end, end, tokens)
         output[live, step] = tokens
+        if step == steps - 1:
+            break
         if step % 8 == 7:  # now and then, the finished leave the batch
             going = (tokens != end).nonzero()[:, 0]
             if not len(going):
@@ -1199,7 +1204,7 @@ class Settings(TrainingSettings):
 
     data: str = "toy"  # toy, hh, tldr, or a .jsonl, .jsonl.gz, .json or .parquet file, or a folder of them
     save: str = "sft.pt"  # checkpoint to write
-    limit: Count = 9000  # pairs to read (toy: to make)
+    limit: Count | None = None  # rows to read at most; default: all (toy, which has no end: 9000)
     test_share: Share = 0.1  # share of the prompts held back in test.pt
     epochs: Number = 1.5  # passes over the training pairs
     batch_size: Count = 32  # pairs per optimiser step

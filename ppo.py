@@ -31,7 +31,6 @@ from model import (
     Tokenizer,
     Training,
     TrainingSettings,
-    UserError,
     batch_indices,
     count_steps,
     generate,
@@ -58,13 +57,11 @@ class Settings(TrainingSettings):
     reward: str = "reward.pt"  # reward model, and the critic's start
     save: str = "ppo.pt"  # checkpoint to write
     epochs: Number = 1.0  # passes over the prompts
-    batch_size: Count = 128  # prompts answered per step
+    batch_size: Count = ByModel(scratch=128, pretrained=64)  # prompts answered per step
     ppo_epochs: Count = ByModel(scratch=2, pretrained=4)  # passes over each batch of answers
-    minibatches: Count = ByModel(scratch=8, pretrained=1)  # optimiser steps per pass
+    minibatch_size: Count = ByModel(scratch=16, pretrained=64)  # answers per optimiser step
     lr: Number = ByModel(scratch=3e-4, pretrained=3e-6)  # peak learning rate
-    kl_coefficient: Number = ByModel(
-        scratch=0.1, pretrained=0.05
-    )  # β: reward taken per nat of log-ratio to the reference
+    kl_coefficient: Number = ByModel(scratch=0.1, pretrained=0.05)  # β: price of a nat of log-ratio to the reference
     gamma: Share = 1.0  # γ: discount per token
     gae_lambda: Share = 0.95  # λ of generalised advantage estimation
     temperature: Positive = 1.0  # of sampling, and of all log-probs
@@ -234,8 +231,6 @@ def main() -> None:
     critic, _ = load_model(settings, settings.reward, RewardModel)
     require_same_tokenizer(init=tokenizer, reference=reference_tokenizer, reward=reward_tokenizer, data=pairs.tokenizer)
     settle(settings, policy.config.pretrained)
-    if settings.minibatches > settings.batch_size:
-        raise UserError(f"--minibatches {settings.minibatches} is more than --batch-size {settings.batch_size}")
 
     # 2. One optimiser for policy and critic: they share no weights, only the clipped gradient norm.
     parameters = [*policy.parameters(), *critic.parameters()]
@@ -252,7 +247,7 @@ def main() -> None:
         shuffle = torch.Generator().manual_seed(seed)
         history, grad_norms = [], []
         for _ in range(settings.ppo_epochs):
-            for rows in torch.randperm(len(prompts), generator=shuffle).tensor_split(settings.minibatches):
+            for rows in torch.randperm(len(prompts), generator=shuffle).split(settings.minibatch_size):
                 history.append(update(settings, rollout, rows, advantages, returns, policy, critic))
                 grad_norms.append(training.optimizer_step(optimizer))
 

@@ -634,7 +634,7 @@ def test_a_part_without_pairs_is_refused_by_the_next_command(out):
         ("ppo", "--temperature 0"),
         ("ppo", "--kl-coefficient -1"),
         ("ppo", "--max-new-tokens 0"),
-        ("ppo", "--batch-size 4 --minibatches 5"),
+        ("ppo", "--minibatch-size 0"),
         ("split", "--fraction 2"),
         ("split", "--threshold nan"),
         ("evaluate", "--prompts 0"),

@@ -28,7 +28,6 @@ from model import (
     Training,
     UserError,
     batch_indices,
-    check_shape,
     count_steps,
     generate,
     gold_reward,
@@ -103,6 +102,12 @@ def test_end_of_text_written_out_is_ordinary_text():
         ids = TOY_TOKENIZER.encode(text)
         assert TOY_TOKENIZER.end not in ids
         assert TOY_TOKENIZER.decode(ids) == text
+
+
+def test_half_a_surrogate_pair_does_not_stop_anything():
+    """JSON may hold one; it is no character and becomes a replacement."""
+    tokenizer = train_tokenizer(["a \ud83d b \ud83d c"], 300)
+    assert tokenizer.decode(tokenizer.encode("a \ud83d b")) == "a \ufffd b"
 
 
 def test_every_byte_has_a_token():
@@ -332,9 +337,8 @@ def test_a_long_prompt_keeps_its_end(context):
     ],
 )
 def test_a_shape_that_makes_no_model_is_a_user_error(flags, named):
-    check_shape(Settings())
     with pytest.raises(UserError, match=named):
-        check_shape(Settings(**flags))
+        Settings(**flags)
 
 
 ROWS = [
@@ -904,6 +908,16 @@ def test_sequences_that_end_early_leave_and_the_others_go_on_as_they_would():
     assert responses == plain_generate(policy, prompts, END, 30, 1.0, 7)
 
 
+def test_no_time_is_spent_on_sequences_that_ended_eight_steps_ago():
+    policy, prompts, sizes = small_policy(), some_prompts(20), []
+    policy.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    lengths = [len(response) for response in generate(policy, prompts, END, 30, 1.0, 7)]
+    for step, size in enumerate(sizes[1:], 1):  # the first forward is that of the packed prompts
+        assert size <= sum(length > step - 8 for length in lengths)
+    assert len(sizes) <= max(lengths) + 8
+    assert sizes[-1] < len(prompts) / 4
+
+
 def test_more_prompts_than_one_batch_holds_keep_their_order():
     policy, prompts = small_policy(), some_prompts(270, 5)
     result = [response.tolist() for response in generate(policy, prompts, END, 2, 1.0, 0)]
@@ -1135,6 +1149,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad, tmp_path):
 
 def test_count_steps():
     assert count_steps(Settings(epochs=1.5, batch_size=32), 640) == 30
-    assert count_steps(Settings(epochs=1.0, batch_size=32), 10) == 1  # fewer examples than a batch: still one step
+    assert count_steps(Settings(epochs=1.0, batch_size=32), 65) == 3  # a started batch is filled from the next pass
+    assert count_steps(Settings(epochs=1.0, batch_size=32), 10) == 1
+    assert count_steps(Settings(epochs=0.0, batch_size=32), 640) == 0
     assert count_steps(Settings(epochs=1.5, batch_size=32, steps=7), 640) == 7
     assert count_steps(Settings(steps=0), 640) == 0

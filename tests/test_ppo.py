@@ -9,7 +9,7 @@ import torch
 from conftest import TINY
 
 import ppo
-from model import GPT, Pairs, Tokenizer, UserError, pack, save_model
+from model import GPT, Pairs, Tokenizer, pack, save_model
 from ppo import (
     Rollout,
     Settings,
@@ -32,7 +32,8 @@ LENGTHS = (5, 1, 9, 3, 12, 7, 2, 12)  # of the eight fixed answers below; those 
 
 
 def make_settings(**changes):
-    return Settings(max_new_tokens=12, lr=1e-3, batch_size=8, **changes)
+    fixed = {"max_new_tokens": 12, "lr": 1e-3, "batch_size": 8, "kl_coefficient": 0.05}
+    return Settings(**{**fixed, **changes})
 
 
 @pytest.fixture
@@ -470,7 +471,7 @@ def run_ppo(monkeypatch, folder, policy, reward_model, documents, *flags):
 
 def test_at_learning_rate_0_the_command_stays_on_policy(monkeypatch, tmp_path, policy, reward_model, documents):
     """By default the reference is the policy that PPO starts from: KL 0, ratio 1, nothing clipped, in every step."""
-    log = run_ppo(monkeypatch, tmp_path, policy, reward_model, documents, "--lr", "0", "--minibatches", "2")
+    log = run_ppo(monkeypatch, tmp_path, policy, reward_model, documents, "--lr", "0", "--minibatch-size", "2")
     assert len(log) == 2
     for line in log:
         assert line["kl"] == 0.0
@@ -493,7 +494,14 @@ def test_command_moves_policy_and_critic_and_reads_no_label(monkeypatch, tmp_pat
     assert logs[0] == logs[1]
 
 
-def test_more_minibatches_than_answers_is_the_users_mistake(monkeypatch, tmp_path, policy, reward_model, documents):
-    """Four answers make no six minibatches; an empty one would stop the run in the middle."""
-    with pytest.raises(UserError, match="--minibatches 6"):
-        run_ppo(monkeypatch, tmp_path, policy, reward_model, documents, "--minibatches", "6")
+@pytest.mark.parametrize("size, steps", [("4", 2), ("3", 4), ("9", 2)])
+def test_a_step_makes_one_update_for_each_minibatch(
+    monkeypatch, tmp_path, policy, reward_model, documents, size, steps
+):
+    """Four answers, two passes: an update a pass, or two with a rest; a larger size is no error."""
+    sizes = []
+    plain = ppo.update
+    monkeypatch.setattr(ppo, "update", lambda *all: sizes.append(len(all[2])) or plain(*all))
+    run_ppo(monkeypatch, tmp_path, policy, reward_model, documents, "--ppo-epochs", "2", "--minibatch-size", size)
+    assert len(sizes) == 2 * steps
+    assert sum(sizes) == 2 * 2 * 4

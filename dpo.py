@@ -36,6 +36,7 @@ from model import (
     load_model,
     load_pairs,
     pack,
+    pack_with_bar,
     parse_settings,
     require_same_tokenizer,
     run_command,
@@ -97,7 +98,7 @@ def main() -> None:
     # 2. The reference's log-probs of all pairs, while the policy still is the reference.
     reference = torch.empty(len(pairs), 2)
     with torch.no_grad():
-        for batch in pack([pairs[index] for index in range(len(pairs))], device):
+        for batch in pack_with_bar([pairs[index] for index in range(len(pairs))], device, "reference"):
             reference[batch.members.cpu()] = pair_logprobs(policy, batch, per_token).cpu()
 
     # 3. Train.

@@ -169,10 +169,7 @@ def run_command(main) -> None:
     """Runs a stage's `main`; a user's mistake becomes one line on stderr and exit code 2."""
     try:
         main()
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # what no check foresaw: a full disk while logging, a folder that vanished
+    except (UserError, OSError) as error:  # OSError: a disk that fills up or a folder that vanishes on the way
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -601,6 +598,14 @@ def pack(
         bisect.insort(open_rows, (free - sizes[index], row))
     for start in range(0, len(rows), rows_per_pass):
         yield lay_out(documents, rows[start : start + rows_per_pass], length).to(device)
+
+
+def pack_with_bar(documents: list[tuple[Tensor, ...]], device: torch.device, what: str) -> Iterator[Packed]:
+    """`pack` with a progress bar over the documents, for passes over all of the data."""
+    with tqdm(total=len(documents), desc=what, unit=" pairs", leave=False) as bar:
+        for batch in pack(documents, device):
+            yield batch
+            bar.update(len(batch.members))
 
 
 def lay_out(documents: list[tuple[Tensor, ...]], rows: list[list[int]], length: int) -> Packed:
@@ -1098,12 +1103,14 @@ class Training:
         lines = []
         if settings.resume:
             state = load_file(settings.state_path, "resume state")
-            for key, value in self.fixed.items():
-                if state["settings"].get(key) != value:
-                    raise UserError(f"--resume: --{key} is {value}, but was {state['settings'].get(key)}")
-            for key, part in parts.items():
-                part.load_state_dict(state[key])
-            self.step = state["step"]
+            with reading(settings.state_path):
+                for key, value in self.fixed.items():
+                    if state["settings"][key] != value:
+                        flag = "--" + key.replace("_", "-")
+                        raise UserError(f"--resume: {flag} is {value}, but the saved run had {state['settings'][key]}")
+                for key, part in parts.items():
+                    part.load_state_dict(state[key])
+                self.step = state["step"]
             lines = settings.log_path.read_text().splitlines(keepends=True)[: self.step]
         else:
             settings.state_path.unlink(missing_ok=True)

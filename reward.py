@@ -37,6 +37,7 @@ from model import (
     load_pairs,
     mixed_seed,
     pack,
+    pack_with_bar,
     parse_settings,
     require_same_tokenizer,
     run_command,
@@ -92,7 +93,7 @@ def bradley_terry_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tens
 def score_pairs(model: RewardModel, pairs: Pairs, device: torch.device) -> Tensor:
     """Rewards [n, 2] of all chosen and rejected responses, on the CPU."""
     rewards = torch.empty(len(pairs), 2)
-    for batch in pack([pairs[index] for index in range(len(pairs))], device):
+    for batch in pack_with_bar([pairs[index] for index in range(len(pairs))], device, "scoring"):
         rewards[batch.members.cpu()] = model.score(batch).view(-1, 2).cpu()
     return rewards
 

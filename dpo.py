@@ -56,7 +56,7 @@ class Settings(TrainingSettings):
     lr: Number = ByModel(scratch=5e-5, pretrained=5e-7)  # peak learning rate
     beta: Positive = 0.1  # β: how closely the policy is held to the reference
     loss: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO's loss, or IPO's
-    label_smoothing: Share = 0.0  # share of labels taken to be wrong (conservative DPO)
+    label_smoothing: Share = 0.0  # share of labels taken to be wrong (conservative DPO); not for ipo
 
 
 def dpo_loss(
@@ -67,8 +67,8 @@ def dpo_loss(
     With m = chosen_logratio − rejected_logratio:
     sigmoid: −(1 − ε) log σ(β m) − ε log σ(−β m), with ε = smoothing; Rafailov et al. 2023, equation 7, and for ε > 0
     Mitchell 2023, "A note on DPO with noisy preferences", equation 3;
-    ipo: (m − 1 / (2 β))², Azar et al. 2023 (arXiv 2310.12036), equation 17, where the log-ratios are means over the
-    response's tokens, not sums, as its authors clarified.
+    ipo: (m − 1 / (2 β))², Azar et al. 2023 (arXiv 2310.12036), equation 17, but on log-ratios that are means over the
+    response's tokens where the equation has sums, as its authors later advised; `smoothing` plays no part.
     """
     margin = chosen_logratios - rejected_logratios
     if kind == "ipo":

@@ -41,6 +41,7 @@ from model import (
     gold_reward,
     load_model,
     load_pairs,
+    mixed_seed,
     pack,
     parse_settings,
     require_same_tokenizer,
@@ -48,7 +49,7 @@ from model import (
     settle,
     write_text,
 )
-from reward import RewardModel, score_pairs
+from reward import RewardModel, score_pairs, wilson_interval
 
 TITLES = {"sft": "SFT", "dpo": "DPO", "ppo": "MPO"}  # what the default checkpoints are called in the table
 
@@ -62,7 +63,7 @@ class Settings(CommonSettings):
     sft: str = "sft.pt"  # policy from which KL is measured and against which wins are counted
     reward: str = "reward.pt"  # reward model
     save: str = "evaluation.json"  # file for the numbers
-    prompts: Count = 512  # prompts answered, at most
+    prompts: Count = 512  # distinct prompts answered, at most
     samples: Whole = 4  # prompts shown with all answers
     temperature: Number = 1.0  # of sampling
     max_new_tokens: Count = ByModel(scratch=96, pretrained=256)  # longest answer
@@ -93,7 +94,8 @@ def answer(
 ) -> Answers:  # fmt: skip
     """Lets `policy` answer the prompts, and measures the answers."""
     device = policy.embedding.weight.device
-    responses = generate(policy, prompts, tokenizer.end, settings.max_new_tokens, settings.temperature, settings.seed)
+    seed = mixed_seed(settings.seed, 500_000)  # far from the steps' numbers, so that no noise of training returns
+    responses = generate(policy, prompts, tokenizer.end, settings.max_new_tokens, settings.temperature, seed)
     kl, rewards = torch.zeros(len(prompts)), torch.zeros(len(prompts))
     for batch in pack(list(zip(prompts, responses, strict=True)), device):
         # At temperature 1, whatever the answers were sampled at: the distributions that the models define.
@@ -138,8 +140,8 @@ def summarise(answers: Answers, sft: Answers, chosen: Tensor) -> dict[str, float
     return summary
 
 
-def table(summaries: dict[str, dict[str, float | None]]) -> str:
-    """The summaries as a table, a row per policy."""
+def table(summaries: dict[str, dict[str, float | None]], count: int) -> str:
+    """The summaries, each of `count` answers, as a table with a row per policy."""
     header = f"{'policy':12s} {'gold reward':>14s} {'reward':>14s} {'win vs chosen':>17s} {'win vs SFT':>17s}"
     lines = [f"{header} {'KL from SFT':>14s} {'length':>13s} {'ended':>6s}"]
     for name, row in summaries.items():
@@ -150,7 +152,7 @@ def table(summaries: dict[str, dict[str, float | None]]) -> str:
             if mean is None:
                 cell = "–"
             elif key.startswith("win"):
-                low, high = max(0.0, mean - 1.96 * error), min(1.0, mean + 1.96 * error)
+                low, high = wilson_interval(mean, count)
                 cell = f"{mean:.0%} ({low:.0%} to {high:.0%})"
             else:
                 cell = f"{mean:.{places}f} ± {error:.{places}f}"
@@ -178,7 +180,8 @@ def main() -> None:
     settings = parse_settings(Settings, __doc__)
     device = choose_device(settings)
     pairs = load_pairs(settings, settings.data)
-    pairs = pairs.select(torch.arange(min(len(pairs), settings.prompts)))
+    firsts = {tuple(pairs[index][0].tolist()): index for index in reversed(range(len(pairs)))}
+    pairs = pairs.select(torch.tensor(sorted(firsts.values())[: settings.prompts]))  # each prompt once
     sft, sft_tokenizer = load_model(settings, settings.sft, GPT)
     reward, reward_tokenizer = load_model(settings, settings.reward, RewardModel)
     require_same_tokenizer(sft=sft_tokenizer, reward=reward_tokenizer, data=pairs.tokenizer)
@@ -201,7 +204,7 @@ def main() -> None:
     summaries = {name: summarise(given, sft_answers, chosen) for name, given in answers.items()}
     best = "" if pairs.gold is None else f"; the best gold reward possible is {TOY_BEST_REWARD}"
     print(f"{len(pairs)} test prompts; mean ± standard error, wins with 95% interval{best}")
-    print(table(summaries))
+    print(table(summaries, len(pairs)))
     print("\n" + side_by_side(pairs, answers, settings.samples))
     path = Path(settings.out) / settings.save
     write_text(path, json.dumps(summaries, indent=1) + "\n")

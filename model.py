@@ -87,7 +87,7 @@ Positive = number(float, lambda value: value > 0, "a number above 0")
 class CommonSettings:
     """The flags every command has. The comment behind a field is its help text."""
 
-    out: str = "out"  # folder for everything read and written; bare file names are looked up here first
+    out: str = "out"  # folder for what the stages write; bare file names are looked up here first
     seed: Whole = 0  # seeds the weights, the data order and the sampling
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of activations; weights and optimiser state stay fp32
@@ -100,7 +100,7 @@ class TrainingSettings(CommonSettings):
 
     resume: bool = False  # go on from this stage's last saved state
     save_every: Whole = 200  # steps between saved states (0: only on Ctrl-C)
-    steps: Whole | None = None  # optimiser steps (0: none); default: as many as --epochs makes
+    steps: Whole | None = None  # batches to train on (0: none); default: as many as --epochs makes
     warmup: Share = 0.1  # share of the steps in which the learning rate rises from 0
     decay: Literal["constant", "linear"] = "linear"  # learning rate after the warm-up
     clip: Positive = 1.0  # gradient norm is clipped to this
@@ -219,8 +219,8 @@ class Tokenizer:
 def train_tokenizer(texts: list[str], size: int) -> Tokenizer:
     """Trains a BPE of at most `size` tokens: merges the most frequent pair of neighbours, again and again.
 
-    Source: Sennrich et al. 2016 (arXiv 1508.07909), on bytes as in GPT-2. A pair's count is kept up to date rather
-    than counted anew, so a merge costs as much as the words that it changes.
+    Source: Sennrich et al. 2016 (arXiv 1508.07909), on bytes as in GPT-2. Pair counts are kept up to date
+    rather than counted anew, so a merge touches only the words that hold it.
     """
     frequency = Counter(word for text in texts for word in regex.findall(WORD_PATTERN, text))
     words = [[bytes([byte]) for byte in word.encode("utf-8", "replace")] for word in frequency]
@@ -286,8 +286,8 @@ def gold_reward(prompt: str, response: str) -> float:
     """How good `response` is, for any text at all: the truth of the toy world.
 
     1 for each distinct step that belongs to the asked task and names the asked object, up to three; 0.5 for each
-    distinct polite sentence, up to two; −1 for each rude one; −0.5 for each that is off topic and for each said again;
-    −0.25 for each sentence of filler, which is everything else, a fourth step included.
+    distinct polite sentence, up to two; −1 for each rude one; −0.5 for each that is off topic (a step for another task
+    or object too) and for each said again; −0.25 for all else: filler, a fourth step, a third politeness.
     """
     asked = set(re.findall(r"\w+", prompt.rpartition("\n\nHuman:")[2]))
     sentences = [sentence.strip() for sentence in re.findall(r"[^.!?]+[.!?]?", response) if sentence.strip()]
@@ -382,7 +382,7 @@ class Pairs:
         return Pairs(torch.cat(tokens or [self.tokens[:0]]), lengths, self.tokenizer, self.source, rewards, gold)
 
     def save(self, path: Path) -> None:
-        """Writes the pairs file. The order of the fields is the format's."""
+        """Writes the pairs file."""
         state = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         save_file(path, {"kind": "pairs file", **state, "tokenizer": self.tokenizer.state})
 
@@ -498,7 +498,7 @@ def make_pairs(rows: list, tokenizer: Tokenizer, source: str, context: int, max_
             continue
         if len(prompt) > context - max_response:
             counts[f"kept: prompt cut at its beginning to {context - max_response} tokens"] += 1
-            prompt = prompt[max_response - context :]
+            prompt = prompt[-(context - max_response) :]
         pieces.append(torch.tensor(prompt + chosen + rejected, dtype=torch.int32))
         lengths.append([len(prompt), len(chosen), len(rejected)])
     tokens = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32)
@@ -528,8 +528,8 @@ def row_problem(row: tuple[str, str, str, str] | None) -> str | None:
 class Packed:
     """Documents laid end to end in rows. A document is a prompt and the branches (responses) that share it.
 
-    tokens, positions, document, branch: [rows, length]; `document` numbers the prompt's document, `branch` is 0 in a
-    prompt and 1, 2, … in its branches, `position` counts within prompt + own branch. Sequences, one per branch, are
+    tokens, positions, document, branch: [rows, length]; `document` numbers the documents (−1: unused), `branch` is 0 in
+    a prompt and 1, 2, … in its branches, `positions` count within prompt + own branch. Sequences, one per branch, are
     numbered document by document. For each of the N response tokens: `source`, the flat index of the token before it
     on its branch, whose hidden state predicts it; `target`, its id; `sequence`, its sequence's number; `offset`, its
     place in the response. `last`: flat index of each sequence's last token (of a lone prompt: its own). `members`: for
@@ -674,7 +674,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query causal attention (Ainslie et al. 2023, arXiv 2305.13245): query heads share key-value heads."""
+    """Grouped-query causal attention (Ainslie et al. 2023, arXiv 2305.13245): query heads share key-value heads.
+
+    x: [rows, length, dim]; rotary: cos and sin as `rotate` takes them; mask: Packed.mask, or [rows, 1, 1, columns].
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -850,7 +853,7 @@ class LayerCache:
     """One layer's keys and values of the sequences being generated: [sequences, kv_heads, columns, head_dim] each.
 
     Prompts end in the same column, so that every decoding step writes one column for all. During the prompt pass,
-    `slots` says where each packed token goes: (row, place in row, sequence, column).
+    `slots` says where each packed token goes: (row, place in row, sequence, column); it is None once decoding starts.
     """
 
     def __init__(self, config: Config, sequences: int, columns: int, dtype: torch.dtype, slots: tuple[Tensor, ...]):
@@ -895,8 +898,12 @@ def generate(
     """Samples one response to each prompt from the full softmax; `end` stops a response and is kept in it.
 
     prompts: tensors of token ids. Returns tensors of 1 to max_new_tokens ids on the CPU. A response depends on its
-    prompt, its place in the list and the seed, not on what it is batched with.
+    prompt, its place in the list, max_new_tokens and the seed, not on what it is batched with. Raises UserError if
+    prompt and response could outgrow the model's context.
     """
+    room = model.config.context - max(map(len, prompts))
+    if max_new_tokens > room:
+        raise UserError(f"--max-new-tokens {max_new_tokens}: the longest prompt leaves room for {room} in the context")
     noise = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
     responses = [None] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
@@ -1017,7 +1024,9 @@ def load_model(settings: CommonSettings, name: str, model_class: type) -> tuple[
     path = find_file(settings, name)
     with reading(path):
         content = load_file(path, model_class.kind)
-        model, tokenizer = model_class(Config(**content["config"])), Tokenizer(**content["tokenizer"])
+        model, tokenizer = GPT(Config(**content["config"])), Tokenizer(**content["tokenizer"])
+        if model_class is not GPT:  # a reward model is built around a GPT
+            model = model_class(model)
         model.load_state_dict(content["weights"])
     return prepare_model(model, settings), tokenizer
 
@@ -1073,7 +1082,7 @@ def count_steps(settings: TrainingSettings, examples: int) -> int:
 
 
 def mixed_seed(seed: int, number: int) -> int:
-    """A seed for the `number`-th use, so that a step's randomness hangs on nothing that came before it."""
+    """A seed for pass or step `number`, so that its randomness hangs on nothing that came before it."""
     return (seed * 1_000_003 + number) % 2**63
 
 
@@ -1168,7 +1177,7 @@ class Training:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip).item()
         if not math.isfinite(norm):
-            raise UserError(f"step {self.step}: the gradient is not finite; nothing saved; try a lower --lr")
+            raise UserError(f"step {self.step}: the gradient is not finite; try a lower --lr")
         for group in optimizer.param_groups:
             group["lr"] = self.lr
         optimizer.step()
@@ -1178,10 +1187,10 @@ class Training:
     def log(self, shown: tuple[str, ...], unit: str, units: int, tokens: int, **metrics: float) -> None:
         """Writes the step's line of the log, and the `shown` metrics beside the bar."""
         seconds = time.perf_counter() - self.began
-        if torch.cuda.is_available():
+        if choose_device(self.settings).type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**20
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        else:  # kilobytes, but bytes on macOS
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
         speed = {"tokens_per_second": tokens / seconds, f"{unit}_per_second": units / seconds}
         record = {"step": self.step, **metrics, "lr": self.lr, "seconds": seconds, **speed, "peak_memory_mb": peak}
         with self.settings.log_path.open("a") as file:
@@ -1204,6 +1213,8 @@ def say_next(settings: CommonSettings, written: list[str], command: str) -> None
 
 # ---- Supervised fine-tuning ----
 
+Vocabulary = number(int, lambda value: value > 256, "a whole number from 257 up (256 bytes and end-of-text)")
+
 
 @dataclass
 class Settings(TrainingSettings):
@@ -1216,7 +1227,7 @@ class Settings(TrainingSettings):
     epochs: Number = 1.5  # passes over the training pairs
     batch_size: Count = 32  # pairs per optimiser step
     lr: Number = 2e-3  # peak learning rate
-    vocabulary: Count | None = None  # tokens of the tokenizer trained here; default: 640 for toy, else 4096
+    vocabulary: Vocabulary | None = None  # tokens of the tokenizer trained here; default: 640 for toy, else 4096
     dim: Count = 128  # width of the model
     layers: Count = 3  # number of blocks
     heads: Count = 4  # query heads
@@ -1273,8 +1284,6 @@ def main() -> None:
     settings = parse_settings(Settings, __doc__)
     device = choose_device(settings)
     pairs, test = read_pairs(settings)
-    pairs.save(Path(settings.out) / "pairs.pt")
-    test.save(Path(settings.out) / "test.pt")
 
     # 2. The model, from random weights.
     torch.manual_seed(mixed_seed(settings.seed, 0))
@@ -1286,6 +1295,8 @@ def main() -> None:
     # 3. Cross-entropy on the chosen responses: a mean over the batch's tokens, however it is cut into passes.
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     training = Training(settings, count_steps(settings, len(pairs)), model=policy, optimizer=optimizer)
+    pairs.save(Path(settings.out) / "pairs.pt")  # not before --resume was found to fit
+    test.save(Path(settings.out) / "test.pt")
     for step in training:
         documents = sft_documents(pairs, batch_indices(len(pairs), settings.batch_size, step, settings.seed))
         tokens = sum(len(response) for _, response in documents)
@@ -1296,8 +1307,8 @@ def main() -> None:
             batch_loss.backward()
             loss += batch_loss.item()
         grad_norm = training.optimizer_step(optimizer)
-        read = sum(len(prompt) + len(response) for prompt, response in documents)
-        training.log(("loss",), "pairs", len(documents), read, loss=loss, grad_norm=grad_norm)
+        tokens_read = sum(len(prompt) + len(response) for prompt, response in documents)
+        training.log(("loss",), "pairs", len(documents), tokens_read, loss=loss, grad_norm=grad_norm)
 
     # 4. How well it predicts held-back responses.
     with torch.no_grad():

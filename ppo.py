@@ -7,13 +7,14 @@ the critic expected, and held near the reference, which in MPO is the DPO policy
 
     reward      r_t = −β (log π_old(a_t) − log π_ref(a_t)), plus the score of the whole response at its last token
     advantage   A_t = δ_t + γλ A_{t+1},  δ_t = r_t + γ V_{t+1} − V_t
-    loss        − min(ρ_t A_t, clip(ρ_t, 1 ± ε) A_t) + c (V_t − R_t)²/2,  ρ_t = π/π_old, R_t = A_t + V_t
+    loss        − min(ρ_t A_t, clip(ρ_t, 1 ± ε) A_t) + c (V_t − R_t)²/2,  ρ_t = π/π_old, R_t = A_t + V_t,
+                with the value's move clipped as well
 
-The critic V is a reward model of its own, started from reward.pt. A step samples one batch and makes several passes
-over it; nothing here samples while it trains.
+The critic V is a reward model of its own, started from reward.pt. A step answers one batch of prompts and
+makes several passes over the answers.
 
     python ppo.py                                                    # dpo.pt, hard.pt → ppo.pt, the MPO policy
-    python ppo.py --init sft.pt --data pairs.pt --save ppo_all.pt    # the baseline: PPO without MPO
+    python ppo.py --init sft.pt --data pairs.pt --save ppo_all.pt    # a baseline: PPO from SFT on all prompts
 """
 
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class Settings(TrainingSettings):
     ppo_epochs: Count = ByModel(scratch=2, pretrained=4)  # passes over each batch of answers
     minibatch_size: Count = ByModel(scratch=16, pretrained=64)  # answers per optimiser step
     lr: Number = ByModel(scratch=3e-4, pretrained=3e-6)  # peak learning rate
-    kl_coefficient: Number = ByModel(scratch=0.1, pretrained=0.05)  # β: price of a nat of log-ratio to the reference
+    kl_coefficient: Number = ByModel(scratch=0.3, pretrained=0.05)  # β: price of a nat of log-ratio to the reference
     gamma: Share = 1.0  # γ: discount per token
     gae_lambda: Share = 0.95  # λ of generalised advantage estimation
     temperature: Positive = 1.0  # of sampling, and of all log-probs
@@ -94,8 +95,8 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
     next_advantage = next_value = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = advantages[:, t] = delta + gamma * lam * next_advantage
-        next_value = values[:, t]
+        advantages[:, t] = delta + gamma * lam * next_advantage
+        next_advantage, next_value = advantages[:, t], values[:, t]
     return advantages
 
 
@@ -113,7 +114,7 @@ def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_ra
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_value: float) -> Tensor:
     """Half the squared error of each token's value, the worse of clipped and not. [N] each.
 
-    As in the first PPO code: a value may not gain by moving more than clip_value from where it was.
+    As in OpenAI Baselines' ppo2: a value may not gain by moving more than clip_value from where it was.
     """
     clipped = old_values + (values - old_values).clamp(-clip_value, clip_value)
     return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
@@ -144,7 +145,7 @@ def roll_out(
     critic: RewardModel,
 ) -> Rollout:  # fmt: skip
     """Answers the prompts and scores the answers. Log-probs come from the packed forward that the updates use too,
-    not from generation, whose different arithmetic would make the first ratio differ from 1."""
+    not from generation, whose different arithmetic would put the first ratio further from 1."""
     device = policy.embedding.weight.device
     responses = generate(policy, prompts, end, settings.max_new_tokens, settings.temperature, seed)
     documents = list(zip(prompts, responses, strict=True))

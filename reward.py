@@ -6,9 +6,9 @@ trained on preference pairs under the Bradley-Terry model (1952; for language mo
 
     L_RM = − mean over pairs of log σ(r_chosen − r_rejected).
 
-One pass over the data, since labels are noisy and a second pass learns them by heart. The loss fixes rewards up to a
-constant only; afterwards they are shifted so that training responses have mean 0. Then its accuracy and calibration
-on held-back pairs are printed.
+One pass over the data, since labels are noisy and a second pass learns them by heart. The loss fixes rewards only up
+to a constant per prompt; afterwards they are shifted so that training responses have mean 0. Then accuracy and
+calibration on held-back pairs are printed.
 
     python reward.py
 """
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from model import (
     GPT,
     ByModel,
-    Config,
     Count,
     Number,
     Packed,
@@ -59,14 +58,14 @@ class Settings(TrainingSettings):
 
 
 class RewardModel(nn.Module):
-    """A GPT without its vocabulary head, and a scalar head on the hidden states. PPO's critic has the same form."""
+    """A GPT with a scalar head on its hidden states. PPO's critic has the same form."""
 
     kind = "reward model"
 
-    def __init__(self, config: Config):
+    def __init__(self, trunk: GPT):
         super().__init__()
-        self.config = config
-        self.trunk = GPT(config)
+        self.trunk = trunk
+        self.config = config = trunk.config
         self.head = nn.Linear(config.dim, 1)
         # Huang et al. 2024 (arXiv 2403.17031) traced this start to the first RLHF code: first rewards of order 1.
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(config.dim + 1))
@@ -123,8 +122,8 @@ def report(rewards: Tensor, gold: Tensor | None) -> None:
     # A pair and its mirror image say the same: predict the side that the model ranks first, from 50% up.
     predicted, observed = gaps.abs().sigmoid(), (gaps > 0).double() + 0.5 * (gaps == 0).double()
     print("calibration: the side that the model ranks first is the chosen one …")
-    for low in (0.5, 0.6, 0.7, 0.8, 0.9):
-        inside = (predicted >= low) & ((predicted < low + 0.1) | (low == 0.9))
+    for start in (0.5, 0.6, 0.7, 0.8, 0.9):
+        inside = (predicted >= start) & ((predicted < start + 0.1) | (start == 0.9))
         if inside.any():
             said, seen, count = predicted[inside].mean(), observed[inside].mean(), int(inside.sum())
             left, right = wilson_interval(seen.item(), count)
@@ -141,8 +140,7 @@ def main() -> None:
     require_same_tokenizer(init=tokenizer, data=pairs.tokenizer, test=test.tokenizer)
     settle(settings, policy.config.pretrained)
     torch.manual_seed(mixed_seed(settings.seed, 0))
-    model = RewardModel(policy.config).to(device)
-    model.trunk = policy
+    model = RewardModel(policy).to(device)
 
     # 2. Bradley-Terry loss; chosen and rejected lie side by side behind one shared prompt.
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)

@@ -63,7 +63,8 @@ def reward_gaps(rewards: Tensor, kind: str) -> Tensor:
 
 
 def easy_mask(gaps: Tensor, fraction: float, threshold: float | None) -> tuple[Tensor, float]:
-    """(which pairs are easy [n], γ): the gap is at least γ, which `threshold` gives, or the share `fraction`."""
+    """(which pairs are easy [n], γ): the gap is at least γ, which `threshold` gives, or else the share
+    `fraction` (more, where gaps tie)."""
     if threshold is None:
         count = round(fraction * len(gaps))
         threshold = gaps.sort(descending=True).values[count - 1].item() if count else float("inf")

@@ -25,7 +25,7 @@ def policy() -> GPT:
 def reward_model() -> RewardModel:
     """A tiny reward model with random weights."""
     torch.manual_seed(1)
-    return RewardModel(TINY)
+    return RewardModel(GPT(TINY))
 
 
 @pytest.fixture

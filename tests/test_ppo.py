@@ -61,7 +61,7 @@ def reference():
 @pytest.fixture
 def critic():
     torch.manual_seed(4)
-    return RewardModel(TINY)
+    return RewardModel(GPT(TINY))
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from model import Config, Pairs, pack
+from model import GPT, Config, Pairs, pack
 from reward import RewardModel, bradley_terry_loss, ranking_accuracy, report, score_pairs, wilson_interval
 
 CPU = torch.device("cpu")
@@ -127,7 +127,7 @@ def test_wilson_interval_by_hand():
 def test_initial_head_has_standard_deviation_one_over_root_dim_plus_one():
     """At dim 3 that is 0.5, well away from 1/√3 = 0.577; 1800 weights tell it to 1.7%."""
     torch.manual_seed(0)
-    heads = [RewardModel(Config(2, 3, 0, 1, 1, 1, 8)).head for _ in range(600)]
+    heads = [RewardModel(GPT(Config(2, 3, 0, 1, 1, 1, 8))).head for _ in range(600)]
     weights = torch.cat([head.weight.detach().flatten() for head in heads])
     assert weights.std().item() == pytest.approx(0.5, rel=0.06)
     assert abs(weights.mean().item()) < 0.05

@@ -320,11 +320,11 @@ def toy_response(rng: random.Random, task: str, thing: str) -> str:
     sentences = []
     for kind in rng.choices(list(kinds), list(kinds.values()), k=rng.randint(2, 5)):
         # Slips are rare: a step for another task or about another object, a sentence said twice.
-        about_task = rng.choice(list(TOY_STEPS)) if rng.random() < 0.03 else task
-        about_thing = rng.choice(TOY_OBJECTS) if rng.random() < 0.03 else thing
+        about_task = rng.choice(list(TOY_STEPS)) if rng.random() < 0.01 else task
+        about_thing = rng.choice(TOY_OBJECTS) if rng.random() < 0.01 else thing
         options = fixed.get(kind) or [step.format(about_thing) for step in TOY_STEPS[about_task]]
         unsaid = [option for option in options if option not in sentences]
-        sentences.append(rng.choice(options if not unsaid or rng.random() < 0.03 else unsaid))
+        sentences.append(rng.choice(options if not unsaid or rng.random() < 0.01 else unsaid))
     return " " + " ".join(sentences)
 
 

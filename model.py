@@ -401,7 +401,7 @@ def load_pairs(settings: CommonSettings, name: str) -> Pairs:
 def read_rows(source: str, limit: int | None, seed: int) -> Iterator[tuple[str, dict]]:
     """Yields (where, row) for each row of `source`; a row is a dict, `where` names it in error messages."""
     if source == "toy":
-        rows = ((f"toy row {number}", row) for number, row in enumerate(toy_rows(limit or 9000, seed), 1))
+        rows = ((f"toy row {number}", row) for number, row in enumerate(toy_rows(limit or 10000, seed), 1))
     elif source in ("hh", "tldr"):
         rows = read_hub_rows(source)
     else:
@@ -1222,8 +1222,8 @@ class Settings(TrainingSettings):
 
     data: str = "toy"  # toy, hh, tldr, or a .jsonl, .jsonl.gz, .json or .parquet file, or a folder of them
     save: str = "sft.pt"  # checkpoint to write
-    limit: Count | None = None  # rows to read at most; default: all (toy, which has no end: 9000)
-    test_share: Share = 0.1  # share of the prompts held back in test.pt
+    limit: Count | None = None  # rows to read at most; default: all (toy, which has no end: 10000)
+    test_share: Share | None = None  # share of the prompts held back in test.pt; default: 0.1 (toy: 0.2)
     epochs: Number = 1.5  # passes over the training pairs
     batch_size: Count = 32  # pairs per optimiser step
     lr: Number = 2e-3  # peak learning rate
@@ -1250,7 +1250,10 @@ def read_pairs(settings: Settings) -> tuple[Pairs, Pairs]:
     rows = [split_row(where, row) for where, row in read_rows(settings.data, settings.limit, settings.seed)]
     prompts = sorted({row[0] for row in rows if row})
     random.Random(settings.seed).shuffle(prompts)
-    held_back = set(prompts[: round(settings.test_share * len(prompts))])
+    share = settings.test_share
+    if share is None:
+        share = 0.2 if settings.data == "toy" else 0.1
+    held_back = set(prompts[: round(share * len(prompts))])
     train_rows = [row for row in rows if not row or row[0] not in held_back]
     test_rows = [row for row in rows if row and row[0] in held_back]
     size = settings.vocabulary or (640 if settings.data == "toy" else 4096)

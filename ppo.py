@@ -13,8 +13,8 @@ the critic expected, and held near the reference, which in MPO is the DPO policy
 The critic V is a reward model of its own, started from reward.pt. A step answers one batch of prompts and
 makes several passes over the answers.
 
-    python ppo.py                                                    # dpo.pt, hard.pt → ppo.pt, the MPO policy
-    python ppo.py --init sft.pt --data pairs.pt --save ppo_all.pt    # a baseline: PPO from SFT on all prompts
+    python ppo.py                                                               # the MPO policy, ppo.pt
+    python ppo.py --init sft.pt --data pairs.pt --steps 32 --save ppo_all.pt    # a baseline: PPO from SFT
 """
 
 from dataclasses import dataclass

@@ -10,14 +10,18 @@ and writes pairs.pt (training pairs), test.pt (held-back pairs) and sft.pt (the 
 
     python model.py                          # the built-in toy world
     python model.py --data my_pairs.jsonl    # your own pairs
+    python model.py --init HuggingFaceTB/SmolLM2-135M --data hh    # a pretrained model, on real data
+    python model.py --init ppo.pt --export aligned                 # a trained one as a folder for transformers
 """
 
 import argparse
+import array
 import bisect
 import contextlib
 import dataclasses
 import functools
 import gzip
+import hashlib
 import inspect
 import itertools
 import json
@@ -30,13 +34,15 @@ import signal
 import sys
 import time
 import typing
+import unicodedata
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import regex
 import tiktoken
 import torch
@@ -64,7 +70,7 @@ class ByModel:
 
 
 def number(kind: type, allowed, description: str):
-    """The annotation of a flag that takes a number; parse_settings refuses what is not `allowed`."""
+    """The annotation of a flag that takes a number, with its argparse options, which refuse what is not `allowed`."""
 
     def read(text: str):
         with contextlib.suppress(ValueError, OverflowError):
@@ -72,7 +78,7 @@ def number(kind: type, allowed, description: str):
                 return value
         raise argparse.ArgumentTypeError(f"{text!r} is not {description}")
 
-    return Annotated[kind, read]
+    return Annotated[kind, ("type", read)]
 
 
 Whole = number(int, lambda value: value >= 0, "a whole number from 0 up")
@@ -143,7 +149,7 @@ def parse_settings(settings_class, description: str):
             hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
         options = {"type": hint}
         if hasattr(hint, "__metadata__"):
-            options = {"type": hint.__metadata__[0]}
+            options = dict(hint.__metadata__)
         elif typing.get_origin(hint) is Literal:
             options = {"choices": typing.get_args(hint)}
         elif hint is bool:
@@ -195,28 +201,42 @@ WORD_PATTERN = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # word
 
 
 class Tokenizer:
-    """A byte-level BPE: text to token ids and back. `tokens` are byte strings in order of merging, as Latin-1 text.
+    """A byte-level BPE: text to token ids and back.
 
-    Special tokens written out in a text are ordinary text: no text can encode to `end`.
+    tokens: the byte string of each id, as Latin-1 text, merged in the order of the ids; None for ids that are not text.
+    pattern: cuts a text into words, which no token crosses. special: control tokens, name → id; written out in a text,
+    such a name is ordinary text: no text can encode to one, but for names listed in `in_text`. end: closes a response.
+    begin: control tokens that open every prompt. normal: Unicode form a text is brought into first, such as "NFC".
     """
 
-    def __init__(self, tokens: list[str], pattern: str, special: dict[str, int], end: int):
-        self.state = {"tokens": tokens, "pattern": pattern, "special": special, "end": end}
-        ranks = {token.encode("latin-1"): rank for rank, token in enumerate(tokens)}
+    def __init__(
+        self, tokens: list[str | None], pattern: str, special: dict[str, int], end: int, begin: list[int] | None = None,
+        in_text: list[str] | None = None, normal: str | None = None,
+    ):  # fmt: skip
+        self.tokens, self.pattern, self.special = tokens, pattern, special
+        self.begin, self.in_text, self.normal = begin or [], in_text or [], normal
+        self.state = {"tokens": tokens, "pattern": pattern, "special": special, "end": end, "begin": self.begin,
+                      "in_text": self.in_text, "normal": normal}  # fmt: skip
+        self.end, self.size = end, max(len(tokens), *(number + 1 for number in special.values()))
+        ranks = {token.encode("latin-1"): rank for rank, token in enumerate(tokens) if token is not None}
+        self.readable = set(ranks.values()) | {special[name] for name in self.in_text}
+        # tiktoken wants all 256 bytes. One that a pretrained vocabulary lacks gets an id past its end, and is left out.
+        lacking = (bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks)
+        ranks |= {byte: self.size + number for number, byte in enumerate(lacking)}
         self.encoding = tiktoken.Encoding("mpo", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-        self.end = end
-        self.size = self.encoding.n_vocab
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without an end-of-text token."""
-        return self.encoding.encode_ordinary(text)
+        """Token ids of `text`, without the tokens that open a prompt and close a response."""
+        text = unicodedata.normalize(self.normal, text) if self.normal else text
+        ids = self.encoding.encode(text, allowed_special=set(self.in_text), disallowed_special=())
+        return [token for token in ids if token < self.size]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
-        return self.encoding.decode([token for token in ids if token != self.end], errors="replace")
+        """Text of `ids` without control tokens; bytes that are not UTF-8 become U+FFFD."""
+        return self.encoding.decode([token for token in ids if token in self.readable], errors="replace")
 
 
-def train_tokenizer(texts: list[str], size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
     """Trains a BPE of at most `size` tokens: merges the most frequent pair of neighbours, again and again.
 
     Source: Sennrich et al. 2016 (arXiv 1508.07909), on bytes as in GPT-2. Pair counts are kept up to date
@@ -344,7 +364,7 @@ def toy_rows(count: int, seed: int) -> Iterator[dict]:
 
 # ---- Preference pairs and where they come from ----
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass
@@ -392,6 +412,7 @@ def load_pairs(settings: CommonSettings, name: str) -> Pairs:
     path = find_file(settings, name)
     with reading(path):
         state = load_file(path, "pairs file")
+        del state["kind"]
         pairs = Pairs(**{**state, "tokenizer": Tokenizer(**state["tokenizer"])})
     if not len(pairs):
         raise UserError(f"{path}: holds no pairs")
@@ -402,7 +423,7 @@ def read_rows(source: str, limit: int | None, seed: int) -> Iterator[tuple[str, 
     """Yields (where, row) for each row of `source`; a row is a dict, `where` names it in error messages."""
     if source == "toy":
         rows = ((f"toy row {number}", row) for number, row in enumerate(toy_rows(limit or 10000, seed), 1))
-    elif source in ("hh", "tldr"):
+    elif source == "tldr" or source.split(":")[0] == "hh":
         rows = read_hub_rows(source)
     else:
         rows = read_file_rows(Path(source))
@@ -410,20 +431,23 @@ def read_rows(source: str, limit: int | None, seed: int) -> Iterator[tuple[str, 
 
 
 def read_hub_rows(source: str) -> Iterator[tuple[str, dict]]:
-    """Rows of Anthropic/hh-rlhf (hh) or of the comparisons of openai/summarize_from_feedback (tldr)."""
+    """Rows of Anthropic/hh-rlhf ("hh", or a part of it, such as "hh:helpful-base") or of the comparisons of
+    openai/summarize_from_feedback ("tldr"). The library keeps them on disk: memory holds one at a time."""
     import datasets
 
-    repository = {"hh": "Anthropic/hh-rlhf", "tldr": "openai/summarize_from_feedback"}[source]
+    repository, where = "Anthropic/hh-rlhf", {"data_dir": source.partition(":")[2] or None}
+    if source == "tldr":  # its main branch holds a script, which the library no longer runs; this one holds tables
+        repository = "openai/summarize_from_feedback"
+        where = {"revision": "refs/convert/parquet", "data_files": {"train": "comparisons/train/*.parquet"}}
     try:
-        rows = datasets.load_dataset(repository, "comparisons" if source == "tldr" else None, split="train")
+        rows = datasets.load_dataset(repository, split="train", **where)
     except Exception as error:  # the library raises a dozen kinds, from no network to no such data set
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--data {source}: cannot load {repository} ({reason}); name a local file instead") from error
+        raise UserError(
+            f"--data {source}: cannot load {repository} ({reason}); check the name and the network, or download its "
+            "files elsewhere and name their folder"
+        ) from error
     for number, row in enumerate(rows, 1):
-        if source == "tldr":
-            post, texts = row["info"], [summary["text"] for summary in row["summaries"]]
-            prompt = f"SUBREDDIT: r/{post['subreddit']}\n\nTITLE: {post['title']}\n\nPOST: {post['post']}\n\nTL;DR:"
-            row = {"prompt": prompt, "chosen": texts[row["choice"]], "rejected": texts[1 - row["choice"]]}
         yield f"{repository} row {number}", row
 
 
@@ -438,7 +462,7 @@ def read_file_rows(path: Path) -> Iterator[tuple[str, dict]]:
             yield from read_file_rows(file)
         return
     if not path.is_file():
-        raise UserError(f"--data {path}: no such file or folder; or name toy, hh or tldr")
+        raise UserError(f"--data {path}: no such file or folder; or name toy, hh, hh:<part> or tldr")
     number = 0
     try:
         for number, row in enumerate(parse_rows(path), 1):
@@ -464,7 +488,10 @@ def parse_rows(path: Path) -> Iterator[dict]:
 
 
 def split_row(where: str, row: dict) -> tuple[str, str, str, str] | None:
-    """(prompt, prompt of the rejected side, chosen, rejected) of a row; None if it has no assistant turn."""
+    """(prompt, prompt of the rejected side, chosen, rejected) of a row in one of three layouts: prompt, chosen and
+    rejected; chosen and rejected transcripts; a TL;DR comparison. None if a transcript has no assistant turn."""
+    if isinstance(row, dict) and "summaries" in row:
+        row = comparison_row(where, row)
     names = ("prompt", "chosen", "rejected") if isinstance(row, dict) and "prompt" in row else ("chosen", "rejected")
     for name in names:
         if not isinstance(row, dict) or not isinstance(row.get(name), str):
@@ -478,31 +505,58 @@ def split_row(where: str, row: dict) -> tuple[str, str, str, str] | None:
     return chosen_prompt + turn, rejected_prompt + turn, chosen, rejected
 
 
-def make_pairs(rows: list, tokenizer: Tokenizer, source: str, context: int, max_response: int) -> tuple[Pairs, Counter]:
-    """Tokenises split rows into Pairs under the rules below; returns them with the count of what each rule did.
+def comparison_row(where: str, row: dict) -> dict:
+    """A row of TL;DR comparisons as prompt, chosen and rejected; the prompt is worded as in Stiennon et al. 2020."""
+    try:
+        post, texts, choice = row["info"], [summary["text"] for summary in row["summaries"]], row["choice"]
+        if choice not in (0, 1) or len(texts) != 2:
+            raise ValueError("choice is not one of two")
+        title, text = f"SUBREDDIT: r/{post['subreddit']}\n\nTITLE: {post['title']}", post["post"] or ""
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: not a TL;DR comparison ({type(error).__name__}: {error})") from error
+    # The summaries begin with a space; a text that does not say so is kept as it is.
+    return {"prompt": f"{title}\n\nPOST: {text}\n\nTL;DR:", "chosen": texts[choice], "rejected": texts[1 - choice]}
+
+
+class PairsBuilder:
+    """Collects pairs one by one under the rules below; memory holds token ids only. `counts`: what each rule did.
 
     Prompt and response are tokenised apart, so both sides hold the same prompt ids. A prompt longer than
     context − max_response loses its beginning (its end is the question); a pair with a longer response is dropped,
     since cutting it would teach the model to stop in mid-sentence.
     """
-    pieces, lengths, counts = [], [], Counter()
-    for row in tqdm(rows, desc="tokenising", unit=" pairs", leave=False):
+
+    def __init__(self, tokenizer: Tokenizer, source: str, context: int, max_response: int):
+        self.tokenizer, self.source = tokenizer, source
+        self.max_prompt, self.max_response, self.rows = context - max_response, max_response, 0
+        self.tokens, self.lengths, self.gold, self.counts = array.array("i"), array.array("i"), [], Counter()
+
+    def add(self, row: tuple[str, str, str, str] | None) -> None:
+        """Adds a row that split_row made, or counts why not."""
+        self.rows += 1
         problem = row_problem(row)
         if problem is None:
-            prompt = tokenizer.encode(row[0])
-            chosen, rejected = ([*tokenizer.encode(text), tokenizer.end] for text in row[2:])
-            if max(len(chosen), len(rejected)) > max_response:
-                problem = f"dropped: response over {max_response} tokens"
+            prompt = self.tokenizer.encode(row[0])
+            chosen, rejected = ([*self.tokenizer.encode(text), self.tokenizer.end] for text in row[2:])
+            if max(len(chosen), len(rejected)) > self.max_response:
+                problem = f"dropped: response over {self.max_response} tokens"
         if problem is not None:
-            counts[problem] += 1
-            continue
-        if len(prompt) > context - max_response:
-            counts[f"kept: prompt cut at its beginning to {context - max_response} tokens"] += 1
-            prompt = prompt[-(context - max_response) :]
-        pieces.append(torch.tensor(prompt + chosen + rejected, dtype=torch.int32))
-        lengths.append([len(prompt), len(chosen), len(rejected)])
-    tokens = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32)
-    return Pairs(tokens, torch.tensor(lengths, dtype=torch.long).view(-1, 3), tokenizer, source), counts
+            self.counts[problem] += 1
+            return
+        room = self.max_prompt - len(self.tokenizer.begin)
+        if len(prompt) > room:
+            self.counts[f"kept: prompt cut at its beginning to {self.max_prompt} tokens"] += 1
+        prompt = self.tokenizer.begin + prompt[-room:]
+        self.tokens.extend(prompt + chosen + rejected)
+        self.lengths.extend((len(prompt), len(chosen), len(rejected)))
+        if self.source == "toy":
+            self.gold.append([gold_reward(row[0], response) for response in row[2:]])
+
+    def pairs(self) -> Pairs:
+        """All that was added."""
+        tokens, lengths = (torch.tensor(np.frombuffer(part, np.int32)) for part in (self.tokens, self.lengths))
+        gold = torch.tensor(self.gold) if self.source == "toy" else None
+        return Pairs(tokens, lengths.long().view(-1, 3), self.tokenizer, self.source, gold=gold)
 
 
 def row_problem(row: tuple[str, str, str, str] | None) -> str | None:
@@ -661,9 +715,30 @@ class Config:
     mlp: int
     context: int
     rope_theta: float = 10000.0
+    rope_scaling: dict[str, float] | None = None  # Llama 3's, see rotary_frequencies
     norm_eps: float = 1e-5
     tied: bool = True
     pretrained: bool = False  # weights that were trained elsewhere, for which other defaults are right
+
+
+def rotary_frequencies(config: Config, device: torch.device) -> Tensor:
+    """Angle per position of each pair of a head's dimensions: [head_dim / 2].
+
+    θ^(−2i/d). Llama 3.1 (arXiv 2407.21783) stretched its context by dividing the frequencies by `factor` where a full
+    turn takes more than original context / low_freq_factor positions, keeping them where it takes less than original
+    context / high_freq_factor, and blending in between.
+    """
+    size = config.dim // config.heads
+    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, size, 2, device=device) / size)
+    if config.rope_scaling is None:
+        return frequencies
+    factor, low, high, original = (config.rope_scaling[name] for name in LLAMA3_SCALING)
+    turns = original * frequencies / (2 * math.pi)  # full turns within the original context
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / factor
+
+
+LLAMA3_SCALING = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -744,9 +819,8 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, mask, caches: "list[LayerCache] | None" = None) -> Tensor:
         """Hidden states [rows, length, dim] of tokens at positions, both [rows, length], under `mask`."""
-        half = self.config.dim // self.config.heads // 2
-        frequency = self.config.rope_theta ** (-torch.arange(half, device=tokens.device) / half)
-        angle = positions[:, None, :, None] * frequency  # (rows, 1, length, head_dim / 2)
+        frequencies = rotary_frequencies(self.config, tokens.device)
+        angle = positions[:, None, :, None] * frequencies  # (rows, 1, length, head_dim / 2)
         rotary = angle.cos(), angle.sin()
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.activations == torch.bfloat16):
             x = self.embedding(tokens)
@@ -994,16 +1068,16 @@ def reading(path: Path):
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{path}: not a file of this project, or damaged ({type(error).__name__})") from error
+        raise UserError(f"{path}: damaged, or not a file of the kind needed here ({type(error).__name__})") from error
 
 
-def load_file(path: Path, kind: str) -> dict:
-    """Reads what `save_file` wrote. Raises UserError unless it is a file of this `kind` and version."""
+def load_file(path: Path, *kinds: str) -> dict:
+    """Reads what `save_file` wrote. Raises UserError unless it is a file of one of these kinds, and of this version."""
     with reading(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
-        found, version = content.pop("kind"), content.pop("version")
-    if found != kind:
-        raise UserError(f"{path}: holds a {found}, but a {kind} is needed here")
+        found, version = content["kind"], content.pop("version")
+    if found not in kinds:
+        raise UserError(f"{path}: holds a {found}, but a {' or '.join(kinds)} is needed here")
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: has format {version}, this code reads {FORMAT_VERSION}; make it again")
     return content
@@ -1024,10 +1098,12 @@ def load_model(settings: CommonSettings, name: str, model_class: type) -> tuple[
     path = find_file(settings, name)
     with reading(path):
         content = load_file(path, model_class.kind)
-        model, tokenizer = GPT(Config(**content["config"])), Tokenizer(**content["tokenizer"])
-        if model_class is not GPT:  # a reward model is built around a GPT
-            model = model_class(model)
-        model.load_state_dict(content["weights"])
+        tokenizer = Tokenizer(**content["tokenizer"])
+        with torch.device("meta"):  # shapes without numbers: the file's take their place
+            model = GPT(Config(**content["config"]))
+            if model_class is not GPT:  # a reward model is built around a GPT
+                model = model_class(model)
+        model.load_state_dict(content["weights"], assign=True)
     return prepare_model(model, settings), tokenizer
 
 
@@ -1051,15 +1127,15 @@ def choose_device(settings: CommonSettings) -> torch.device:
 def prepare_model(model: nn.Module, settings: CommonSettings) -> nn.Module:
     """Moves a model to the device, and sets the activations' dtype and compilation as the flags say.
 
-    `--dtype auto` takes bf16 where matrix units make it faster: on GPUs that have it, and on CPUs with AMX when the
-    model is wide enough to pay for the casts.
+    `--dtype auto` takes bf16 where the hardware multiplies it faster: on GPUs that have it, and on CPUs with
+    instructions for it when the model is wide enough to pay for the casts.
     """
     device = choose_device(settings)
     gpt = model if isinstance(model, GPT) else model.trunk
-    on_cpu_units = torch.cpu.get_capabilities().get("amx_bf16", False) and gpt.config.dim >= 256
+    units = torch.cpu.get_capabilities()
     faster = {
         "cuda": device.type == "cuda" and torch.cuda.is_bf16_supported(),
-        "cpu": on_cpu_units,
+        "cpu": (units.get("amx_bf16") or units.get("avx512_bf16")) and gpt.config.dim >= 256,
         "mps": False,
     }
     bf16 = settings.dtype == "bf16" or (settings.dtype == "auto" and faster[device.type])
@@ -1069,6 +1145,280 @@ def prepare_model(model: nn.Module, settings: CommonSettings) -> nn.Module:
         for block in gpt.blocks:
             block.compile(dynamic=True)
     return model.to(device)
+
+
+# ---- Pretrained weights in, trained ones out: Hugging Face folders of the Llama family ----
+
+LLAMA_NAMES = {  # this project's names of the parameters, and theirs
+    "embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head", "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm", "attention.query": "self_attn.q_proj", "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj", "attention.output": "self_attn.o_proj", "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj", "down": "mlp.down_proj",
+}  # fmt: skip
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SINGLE_DIGIT_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+
+
+def llama_name(name: str) -> str:
+    """What Hugging Face's Llama calls the GPT's parameter `name`."""
+    block, module = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.weight", name).groups()
+    return ("" if block is None else f"model.layers.{block}.") + LLAMA_NAMES[module] + ".weight"
+
+
+def find_pretrained(name: str) -> Path:
+    """The folder that `name` names: a folder on this machine, or else a repository of the Hugging Face hub."""
+    if Path(name).is_dir():
+        return Path(name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"--init {name}: no such checkpoint or folder, and not a repository id like owner/name either")
+    import huggingface_hub
+
+    files = ["config.json", "tokenizer.json", "tokenizer_config.json", "model*.safetensors*"]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
+    except Exception as error:  # no network, no such repository, no permission, a full disk
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"--init {name}: no such folder, and cannot be downloaded ({reason}); download it elsewhere and name "
+            "its folder"
+        ) from error
+
+
+def import_model(folder: Path) -> tuple[GPT, Tokenizer]:
+    """Reads config.json, tokenizer.json and the safetensors of `folder`. Raises UserError, by name, at whatever this
+    architecture does not have and would compute other numbers with."""
+    safetensors = require_safetensors()
+    config = import_config(folder / "config.json")
+    tokenizer = import_tokenizer(folder)
+    if tokenizer.size > config.vocabulary:
+        raise UserError(f"{folder}: tokenizer.json has {tokenizer.size} tokens, config.json only {config.vocabulary}")
+    with torch.device("meta"):
+        model = GPT(config)
+    ours = {llama_name(name): name for name, _ in model.named_parameters()}
+    index, weights = folder / "model.safetensors.index.json", {}
+    files = ["model.safetensors"]
+    if index.is_file():
+        with reading(index):
+            files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    for path in (folder / file for file in files):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; weights are read from model.safetensors or the shards of its index")
+        with reading(path), safetensors.safe_open(path, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                if name in ours:
+                    weights[ours[name]] = tensors.get_tensor(name).float()
+                elif not name.endswith("rotary_emb.inv_freq") and not (name == "lm_head.weight" and config.tied):
+                    raise UserError(f"{path}: {name} has no place in this architecture")
+    for name, parameter in model.named_parameters():
+        if name not in weights:
+            raise UserError(f"{folder}: no weights for {llama_name(name)}")
+        if weights[name].shape != parameter.shape:
+            shapes = f"{list(weights[name].shape)}, config.json says {list(parameter.shape)}"
+            raise UserError(f"{folder}: {llama_name(name)} is {shapes}")
+    model.load_state_dict(weights, assign=True)
+    return model, tokenizer
+
+
+def require_safetensors():
+    """The package safetensors, which is not in requirements.txt: only pretrained weights need it."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise UserError("pretrained weights need one more package: pip install safetensors") from error
+    return safetensors
+
+
+def import_config(path: Path) -> Config:
+    """The shape that config.json describes; keys it lacks have the defaults of transformers' LlamaConfig."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a Hugging Face folder has one")
+    with reading(path):
+        given = json.loads(path.read_text("utf-8"))
+        dim, heads = given["hidden_size"], given["num_attention_heads"]
+        rope = {"rope_theta": given.get("rope_theta", 10000.0), **(given.get("rope_scaling") or {})}
+        rope |= given.get("rope_parameters") or {}  # where transformers 5 keeps both
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        only = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+                "attention_dropout": 0, "head_dim": dim // heads, "partial_rotary_factor": 1, "sliding_window": None,
+                "quantization_config": None, "rope_interleaved": False}  # fmt: skip
+        for name, value in only.items():
+            if {**rope, **given}.get(name) not in (value, None):
+                raise UserError(f"{path}: {name} {given.get(name)!r} is not supported, only {value!r}")
+        if kind not in ("default", "llama3"):
+            raise UserError(f"{path}: rotary scaling of type {kind!r} is not supported, only 'llama3'")
+        if dim % (2 * heads):
+            raise UserError(f"{path}: hidden_size {dim} is not a multiple of twice num_attention_heads {heads}")
+        context = given.get("max_position_embeddings", 2048)
+        scaling = None
+        if kind == "llama3":
+            scaling = {name: {"original_max_position_embeddings": context, **rope}[name] for name in LLAMA3_SCALING}
+        return Config(
+            given["vocab_size"], dim, given["num_hidden_layers"], heads, given.get("num_key_value_heads") or heads,
+            given["intermediate_size"], context, float(rope["rope_theta"]), scaling, given.get("rms_norm_eps", 1e-6),
+            given.get("tie_word_embeddings", False), pretrained=True,
+        )  # fmt: skip
+
+
+def byte_symbols() -> dict[str, int]:
+    """The printable stand-ins with which tokenizer.json spells bytes, and the bytes: {symbol: byte} (from GPT-2)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+def import_tokenizer(folder: Path) -> Tokenizer:
+    """The byte-level BPE of tokenizer.json, with the same ids. Raises UserError at any other kind of tokenizer."""
+    path, config_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a Hugging Face folder with a fast tokenizer has one")
+    with reading(path):
+        given = json.loads(path.read_text("utf-8"))
+        model, symbols, normalizer = given["model"], byte_symbols(), given.get("normalizer") or {}
+        only = {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                "byte_fallback": False}  # fmt: skip
+        for name, value in only.items():
+            if (model.get(name) or None) != (value or None):
+                raise UserError(f"{path}: {name} {model[name]!r} is not supported, only byte-level BPE")
+        if normalizer.get("type") not in (None, "NFC", "NFD", "NFKC", "NFKD"):
+            raise UserError(f"{path}: normalizer {normalizer['type']} is not supported")
+        special = {token["content"]: token["id"] for token in given["added_tokens"]}
+        in_text = [token["content"] for token in given["added_tokens"] if not token["special"]]
+        tokens = [None] * (max(model["vocab"].values()) + 1)
+        for token, number in model["vocab"].items():
+            if token not in special:
+                if not set(token) <= symbols.keys():
+                    raise UserError(f"{path}: token {token!r} is not spelled in bytes, as byte-level BPE does")
+                tokens[number] = bytes(symbols[symbol] for symbol in token).decode("latin-1")
+        made = [model["vocab"]["".join(pair.split(" ") if isinstance(pair, str) else pair)] for pair in model["merges"]]
+        if (firsts := list(dict.fromkeys(made))) != sorted(firsts):
+            raise UserError(f"{path}: merges that are not in the order of their tokens' ids are not supported")
+        begin = opening_tokens(given.get("post_processor") or {})
+        end = None
+        if config_path.is_file():
+            end = json.loads(config_path.read_text("utf-8")).get("eos_token")
+            end = special.get(end["content"] if isinstance(end, dict) else end)
+        if end is None:
+            end = json.loads((folder / "config.json").read_text("utf-8")).get("eos_token_id")
+            end = end[0] if isinstance(end, list) else end
+        if end not in special.values():
+            raise UserError(f"{folder}: neither tokenizer_config.json nor config.json names an end-of-text token")
+        return Tokenizer(tokens, word_pattern(path, given), special, end, begin, in_text, normalizer.get("type"))
+
+
+def word_pattern(path: Path, given: dict) -> str:
+    """The one regular expression that cuts texts as the pre-tokenizer of a tokenizer.json does."""
+    steps = given["pre_tokenizer"].get("pretokenizers", [given["pre_tokenizer"]])
+    match [{"use_regex": True, **step} for step in steps]:
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            return GPT2_WORDS
+        case [
+            {"type": "Digits", "individual_digits": True},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        ]:
+            return SINGLE_DIGIT_WORDS
+        case [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        ]:
+            return pattern
+    names = " + ".join(step["type"] for step in steps)
+    raise UserError(f"{path}: pre-tokenizer {names} with these options is not supported")
+
+
+def opening_tokens(processor: dict) -> list[int]:
+    """The ids that a tokenizer.json's post-processor sets before a text, such as Llama 3's begin-of-text."""
+    begin = []
+    for step in processor.get("processors", [processor]):
+        for piece in step.get("single", []):
+            if "Sequence" in piece:
+                break
+            begin += step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+    return begin
+
+
+def export_model(path: Path, folder: Path) -> None:
+    """Writes the checkpoint at `path` as a folder that transformers loads: a policy as LlamaForCausalLM, a reward model
+    as LlamaForSequenceClassification, which has no bias: what its scores lack is printed."""
+    safetensors = require_safetensors()
+    content = load_file(path, "policy", "reward model")
+    with reading(path):
+        config, tokenizer = Config(**content["config"]), Tokenizer(**content["tokenizer"])
+        weights, rewards = content["weights"], content["kind"] == "reward model"
+        head = {}
+        if rewards:
+            head = {"score.weight": weights.pop("head.weight")}
+            shift = weights.pop("head.bias").item()
+            weights = {name.removeprefix("trunk."): weight for name, weight in weights.items()}
+            weights.pop("head.weight", None)  # an untied trunk's, which scores do not need
+        weights = {llama_name(name): weight.contiguous() for name, weight in weights.items()} | head
+        begin = tokenizer.begin[0] if tokenizer.begin else None
+        # Scores are read at the last token that is not padding, so the end-of-text token must not count as such.
+        padding = next((number for number in tokenizer.special.values() if number != tokenizer.end), 0)
+        described = {
+            "architectures": ["LlamaForSequenceClassification" if rewards else "LlamaForCausalLM"],
+            "model_type": "llama", "vocab_size": config.vocabulary, "hidden_size": config.dim,
+            "num_hidden_layers": config.layers, "num_attention_heads": config.heads,
+            "num_key_value_heads": config.kv_heads, "intermediate_size": config.mlp,
+            "max_position_embeddings": config.context, "rope_theta": config.rope_theta,
+            "rope_scaling": config.rope_scaling and {"rope_type": "llama3", **config.rope_scaling},
+            "rms_norm_eps": config.norm_eps, "tie_word_embeddings": config.tied, "hidden_act": "silu",
+            "torch_dtype": "float32", "bos_token_id": begin, "eos_token_id": tokenizer.end, "pad_token_id": padding,
+        }  # fmt: skip
+        if rewards:
+            described |= {"num_labels": 1}
+    write_text(folder / "config.json", json.dumps(described, indent=1) + "\n")
+    write_whole(
+        folder / "model.safetensors",
+        lambda file: safetensors.torch.save_file(weights, file.name, metadata={"format": "pt"}),
+    )
+    export_tokenizer(folder, tokenizer, config.context)
+    print(f"wrote {folder}, a {described['architectures'][0]} for transformers")
+    if rewards:
+        print(f"its scores are these rewards minus {shift:.6f}, the shift that made the training responses' mean 0")
+
+
+def export_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
+    """Writes tokenizer.json and tokenizer_config.json."""
+    spelling = {byte: symbol for symbol, byte in byte_symbols().items()}
+    ids = {token.encode("latin-1"): number for number, token in enumerate(tokenizer.tokens) if token is not None}
+    spelled = {token: "".join(spelling[byte] for byte in token) for token in ids}
+    # Any two neighbours that make up a token may merge: tiktoken's rule, written out as a list of pairs.
+    merges = [
+        [spelled[token[:cut]], spelled[token[cut:]]]
+        for token in ids
+        for cut in range(1, len(token))
+        if token[:cut] in ids and token[cut:] in ids
+    ]
+    names = {number: name for name, number in tokenizer.special.items()}
+    added = [
+        {"id": number, "content": names[number], "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False, "special": names[number] not in tokenizer.in_text}
+        for number in sorted(names)
+    ]  # fmt: skip
+    opening = [{"SpecialToken": {"id": names[number], "type_id": 0}} for number in tokenizer.begin]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
+    described = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+        "normalizer": tokenizer.normal and {"type": tokenizer.normal},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": {
+            "type": "TemplateProcessing", "single": [*opening, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [*opening, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {names[number]: {"id": names[number], "ids": [number], "tokens": [names[number]]}
+                               for number in tokenizer.begin},
+        },
+        "decoder": byte_level,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
+                  "vocab": {spelled[token]: number for token, number in ids.items()}, "merges": merges},
+    }  # fmt: skip
+    write_text(folder / "tokenizer.json", json.dumps(described, ensure_ascii=False))
+    described = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context,
+                 "clean_up_tokenization_spaces": False, "eos_token": names[tokenizer.end]}  # fmt: skip
+    if tokenizer.begin:
+        described["bos_token"] = names[tokenizer.begin[0]]
+    write_text(folder / "tokenizer_config.json", json.dumps(described, indent=1) + "\n")
 
 
 # ---- The training loop's bookkeeping ----
@@ -1220,20 +1570,22 @@ Vocabulary = number(int, lambda value: value > 256, "a whole number from 257 up 
 class Settings(TrainingSettings):
     """Flags of this stage."""
 
-    data: str = "toy"  # toy, hh, tldr, or a .jsonl, .jsonl.gz, .json or .parquet file, or a folder of them
+    data: str = "toy"  # toy, hh, hh:<part>, tldr, or a .jsonl, .jsonl.gz, .json or .parquet file, or a folder of them
+    init: str | None = None  # Hugging Face folder or repository id, or a checkpoint; default: a new model
+    export: str | None = None  # write --init as a folder for Hugging Face's transformers, and do nothing else
     save: str = "sft.pt"  # checkpoint to write
     limit: Count | None = None  # rows to read at most; default: all (toy, which has no end: 10000)
     test_share: Share | None = None  # share of the prompts held back in test.pt; default: 0.1 (toy: 0.2)
-    epochs: Number = 1.5  # passes over the training pairs
-    batch_size: Count = 32  # pairs per optimiser step
-    lr: Number = 2e-3  # peak learning rate
-    vocabulary: Vocabulary | None = None  # tokens of the tokenizer trained here; default: 640 for toy, else 4096
-    dim: Count = 128  # width of the model
-    layers: Count = 3  # number of blocks
-    heads: Count = 4  # query heads
-    kv_heads: Count = 2  # key-value heads
-    context: Count = 512  # longest prompt + response, in tokens
-    max_response: Count = 128  # pairs with a longer response are dropped, in tokens
+    epochs: Number = ByModel(scratch=1.5, pretrained=1.0)  # passes over the training pairs
+    batch_size: Count = ByModel(scratch=32, pretrained=64)  # pairs per optimiser step
+    lr: Number = ByModel(scratch=2e-3, pretrained=2e-5)  # peak learning rate
+    context: Count = ByModel(scratch=512, pretrained=1024)  # longest prompt + response, in tokens
+    max_response: Count = ByModel(scratch=128, pretrained=512)  # pairs with a longer response are dropped, in tokens
+    vocabulary: Vocabulary | None = None  # tokens of a new model's tokenizer; default: 640 for toy, else 4096
+    dim: Count = 128  # width of a new model
+    layers: Count = 3  # blocks of a new model
+    heads: Count = 4  # query heads of a new model
+    kv_heads: Count = 2  # key-value heads of a new model
 
     def __post_init__(self):
         super().__post_init__()
@@ -1241,39 +1593,51 @@ class Settings(TrainingSettings):
             raise UserError(f"--dim {self.dim} is not a multiple of 2 × --heads {self.heads}: rotation turns pairs")
         if self.heads % self.kv_heads:
             raise UserError(f"--heads {self.heads} is not a multiple of --kv-heads {self.kv_heads}")
-        if self.max_response >= self.context:
-            raise UserError(f"--max-response {self.max_response} leaves no room in --context {self.context}")
+        if self.export and not self.init:
+            raise UserError("--export: name the checkpoint with --init")
+        for name in ("vocabulary", "dim", "layers", "heads", "kv_heads"):
+            if self.init and getattr(self, name) != getattr(Settings, name):
+                raise UserError(f"--{name.replace('_', '-')}: the shape of --init {self.init} is given")
 
 
-def read_pairs(settings: Settings) -> tuple[Pairs, Pairs]:
-    """(training pairs, test pairs) from --data. The tokenizer is trained on the training text alone."""
-    rows = [split_row(where, row) for where, row in read_rows(settings.data, settings.limit, settings.seed)]
-    prompts = sorted({row[0] for row in rows if row})
-    random.Random(settings.seed).shuffle(prompts)
+def start_from(settings: Settings) -> tuple[GPT, Tokenizer]:
+    """The model of --init, ready for the device, and its tokenizer."""
+    if settings.init.endswith(".pt"):
+        return load_model(settings, settings.init, GPT)
+    policy, tokenizer = import_model(find_pretrained(settings.init))
+    return prepare_model(policy, settings), tokenizer
+
+
+def read_pairs(settings: Settings, tokenizer: Tokenizer | None = None) -> tuple[Pairs, Pairs]:
+    """(training pairs, test pairs) from --data, read row by row. Without a tokenizer, one is trained in a first pass,
+    on the training text alone. A prompt's own hash says on which side it falls, so no prompt falls on both."""
+    if settings.max_response >= settings.context:
+        raise UserError(f"--max-response {settings.max_response} leaves no room in --context {settings.context}")
     share = settings.test_share
     if share is None:
         share = 0.2 if settings.data == "toy" else 0.1
-    held_back = set(prompts[: round(share * len(prompts))])
-    train_rows = [row for row in rows if not row or row[0] not in held_back]
-    test_rows = [row for row in rows if row and row[0] in held_back]
-    size = settings.vocabulary or (640 if settings.data == "toy" else 4096)
-    tokenizer = train_tokenizer(
-        [text for row in train_rows if not row_problem(row) for text in (row[0], *row[2:])], size
-    )
-    both, counts = [], Counter()
-    for part in (train_rows, test_rows):
-        pairs, counted = make_pairs(part, tokenizer, settings.data, settings.context, settings.max_response)
-        if settings.data == "toy":
-            texts = [[tokenizer.decode(ids.tolist()) for ids in pairs[index]] for index in range(len(pairs))]
-            pairs.gold = torch.tensor([[gold_reward(text[0], side) for side in text[1:]] for text in texts])
-        both.append(pairs)
-        counts += counted
-    print(f"{len(rows)} rows read, {len(both[0])} training pairs, {len(both[1])} test pairs, {tokenizer.size} tokens")
-    for what, count in sorted(counts.items()):
-        print(f"  {what}: {count}")
-    if not len(both[0]) or not len(both[1]):
+
+    def rows() -> Iterator[tuple[tuple[str, str, str, str] | None, bool]]:  # (row, is it held back?)
+        for where, row in read_rows(settings.data, settings.limit, settings.seed):
+            row = split_row(where, row)
+            digest = hashlib.sha256(f"{settings.seed} {row[0] if row else ''}".encode(errors="replace")).digest()
+            yield row, int.from_bytes(digest[:8], "big") < share * 2**64
+
+    if tokenizer is None:
+        size = settings.vocabulary or (640 if settings.data == "toy" else 4096)
+        training_rows = (row for row, held_back in rows() if not held_back and not row_problem(row))
+        tokenizer = train_tokenizer((text for row in training_rows for text in (row[0], *row[2:])), size)
+    sides = [PairsBuilder(tokenizer, settings.data, settings.context, settings.max_response) for _ in range(2)]
+    for row, held_back in tqdm(rows(), desc="tokenising", unit=" pairs", leave=False):
+        sides[held_back].add(row)
+    pairs, test = (side.pairs() for side in sides)
+    count = sum(side.rows for side in sides)
+    print(f"{count} rows read, {len(pairs)} training pairs, {len(test)} test pairs, {pairs.tokenizer.size} tokens")
+    for what, times in sorted((sides[0].counts + sides[1].counts).items()):
+        print(f"  {what}: {times}")
+    if not len(pairs) or not len(test):
         raise UserError(f"--data {settings.data}: no pairs left to train or to test on")
-    return both[0], both[1]
+    return pairs, test
 
 
 def sft_documents(pairs: Pairs, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
@@ -1283,16 +1647,24 @@ def sft_documents(pairs: Pairs, indices: list[int]) -> list[tuple[Tensor, Tensor
 
 def main() -> None:
     """Reads the pairs and trains the policy that the other stages start from."""
-    # 1. Settings, then data: text pairs become token ids, some held back for testing.
+    # 1. Settings; a pretrained model, where --init names one; then data: text pairs become token ids.
     settings = parse_settings(Settings, __doc__)
+    if settings.export:
+        source = find_file(settings, settings.init)
+        return export_model(source, Path(settings.export))
     device = choose_device(settings)
-    pairs, test = read_pairs(settings)
+    policy, tokenizer = start_from(settings) if settings.init else (None, None)
+    settle(settings, policy is not None and policy.config.pretrained)
+    if policy is not None and settings.context > policy.config.context:
+        raise UserError(f"--context {settings.context}: {settings.init} has a context of {policy.config.context}")
+    pairs, test = read_pairs(settings, tokenizer)
 
-    # 2. The model, from random weights.
-    torch.manual_seed(mixed_seed(settings.seed, 0))
-    shape = settings.dim, settings.layers, settings.heads, settings.kv_heads
-    mlp = -(-settings.dim * 8 // 3 // 32) * 32  # SwiGLU has three matrices: 8/3 of the width costs what 4 cost with two
-    policy = prepare_model(GPT(Config(pairs.tokenizer.size, *shape, mlp, settings.context)), settings)
+    # 2. A new model has random weights.
+    if policy is None:
+        torch.manual_seed(mixed_seed(settings.seed, 0))
+        shape = settings.dim, settings.layers, settings.heads, settings.kv_heads
+        mlp = -(-settings.dim * 8 // 3 // 32) * 32  # three matrices of 8/3 of the width cost what two of 4 do
+        policy = prepare_model(GPT(Config(pairs.tokenizer.size, *shape, mlp, settings.context)), settings)
     print(f"model: {sum(parameter.numel() for parameter in policy.parameters()) / 1e6:.2f} M parameters on {device}")
 
     # 3. Cross-entropy on the chosen responses: a mean over the batch's tokens, however it is cut into passes.

@@ -24,6 +24,7 @@ from model import (
     TOY_BEST_REWARD,
     WORD_PATTERN,
     Config,
+    PairsBuilder,
     Settings,
     Training,
     UserError,
@@ -35,7 +36,6 @@ from model import (
     load_file,
     load_model,
     load_pairs,
-    make_pairs,
     pack,
     read_file_rows,
     read_hub_rows,
@@ -43,6 +43,7 @@ from model import (
     row_problem,
     sample,
     save_model,
+    settle,
     split_row,
     token_logprobs,
     toy_rows,
@@ -229,8 +230,12 @@ def test_toy_labels_are_bradley_terry_draws_wrong_mostly_where_the_gap_is_small(
 
 
 def make(rows, context=20, max_response=8):
-    """make_pairs on bytes; also checks that each row is either kept or counted once as dropped."""
-    pairs, counts = make_pairs(rows, BYTES, "test", context, max_response)
+    """Pairs of bytes; also checks that each row is either kept or counted once as dropped."""
+    builder = PairsBuilder(BYTES, "test", context, max_response)
+    for row in rows:
+        builder.add(row)
+    pairs, counts = builder.pairs(), builder.counts
+    assert builder.rows == len(rows)
     assert len(pairs) + sum(count for what, count in counts.items() if what.startswith("dropped")) == len(rows)
     return pairs, counts
 
@@ -304,7 +309,10 @@ def test_pairs_hold_the_ids_of_prompt_and_both_responses():
 def test_the_prompt_ids_are_those_of_the_prompt_alone():
     """ " Wipe" after "Assistant:" might merge differently if the two were tokenised as one text."""
     rows = [(row["prompt"], row["prompt"], row["chosen"], row["rejected"]) for row in toy_rows(20, 0)]
-    pairs, _ = make_pairs(rows, TOY_TOKENIZER, "toy", 512, 128)
+    builder = PairsBuilder(TOY_TOKENIZER, "toy", 512, 128)
+    for row in rows:
+        builder.add(row)
+    pairs = builder.pairs()
     assert len(pairs) == len(rows)
     for index, row in enumerate(rows):
         prompt, chosen, rejected = (part.tolist() for part in pairs[index])
@@ -330,8 +338,6 @@ def test_a_long_prompt_keeps_its_end(context):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ({"context": 128, "max_response": 128}, "--context 128"),  # not one token left for the prompt
-        ({"context": 64, "max_response": 128}, "--context 64"),
         ({"dim": 20, "heads": 4}, "--dim 20"),  # heads of 5: rotary positions turn pairs
         ({"heads": 4, "kv_heads": 3}, "--kv-heads 3"),
     ],
@@ -339,6 +345,12 @@ def test_a_long_prompt_keeps_its_end(context):
 def test_a_shape_that_makes_no_model_is_a_user_error(flags, named):
     with pytest.raises(UserError, match=named):
         Settings(**flags)
+
+
+@pytest.mark.parametrize("context", [64, 128])
+def test_a_context_without_room_for_a_prompt_is_a_user_error(context):
+    with pytest.raises(UserError, match=f"--context {context}"):
+        read_pairs(settled(context=context, max_response=128))
 
 
 ROWS = [
@@ -420,40 +432,76 @@ def test_a_missing_file_and_an_empty_folder_are_user_errors(tmp_path):
             list(read_file_rows(path))
 
 
-def test_hh_rows_are_read_as_they_are(monkeypatch):
-    asked, row = [], {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
-    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **more: asked.append((names, more)) or [row, row])
-    (first, row_1), (second, row_2) = read_hub_rows("hh")
-    assert asked[0][0][0] == "Anthropic/hh-rlhf" and asked[0][1] == {"split": "train"}
-    assert first.endswith("row 1") and second.endswith("row 2")
-    assert split_row(first, row_1) == split_row(second, row_2)
-    assert split_row(first, row_1) == ("\n\nHuman: a\n\nAssistant:",) * 2 + (" b", " c")
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The real `datasets` library on a local folder laid out as the repositories are; returns what was asked."""
+    asked, load = [], datasets.load_dataset
+
+    def load_dataset(repository, revision=None, **options):
+        asked.append((repository, revision))
+        return load(str(tmp_path / repository), cache_dir=str(tmp_path / "cache"), **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
 
 
-def test_tldr_rows_become_prompt_chosen_and_rejected(monkeypatch):
-    def row(choice):
-        info = {"id": "t3_1", "post": "I did it.", "title": "So", "subreddit": "tifu", "site": None, "article": None}
-        texts = [" first", " second"]
-        summaries = [{"text": text, "policy": "sup2", "note": None} for text in texts]
-        extra = {"confidence": None}
-        return {"info": info, "summaries": summaries, "choice": choice} | {
-            "worker": "w",
-            "batch": "batch3",
-            "split": "train",
-            "extra": extra,
-        }
+def hh_row(text):
+    return {"chosen": f"\n\nHuman: {text}\n\nAssistant: b", "rejected": f"\n\nHuman: {text}\n\nAssistant: c"}
 
-    asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **more: asked.append(names) or [row(0), row(1)])
-    (_, first), (_, second) = (pair for pair in read_hub_rows("tldr"))
+
+@pytest.mark.parametrize(("source", "texts"), [("hh", ["x", "y"]), ("hh:part-x", ["x"]), ("hh:part-y", ["y"])])
+def test_hh_rows_and_its_parts(source, texts, hub, tmp_path):
+    for part in ("x", "y"):
+        folder = tmp_path / "Anthropic/hh-rlhf" / f"part-{part}"
+        folder.mkdir(parents=True)
+        for split, text in (("train", part), ("test", "held back by the data set")):
+            with gzip.open(folder / f"{split}.jsonl.gz", "wt") as file:
+                file.write(json.dumps(hh_row(text)) + "\n")
+    rows = list(read_hub_rows(source))
+    assert hub == [("Anthropic/hh-rlhf", None)]
+    assert [where for where, _ in rows] == [f"Anthropic/hh-rlhf row {number}" for number in range(1, len(rows) + 1)]
+    prompts = [f"\n\nHuman: {text}\n\nAssistant:" for text in texts]
+    assert sorted(split_row(*row) for row in rows) == [(prompt, prompt, " b", " c") for prompt in prompts]
+
+
+def comparison(choice, post="I did it."):
+    """A row of the TL;DR comparisons with all of its columns."""
+    info = {"id": "t3_1", "post": post, "title": "So", "subreddit": "tifu", "site": None, "article": None}
+    summaries = [{"text": text, "policy": "sup2", "note": None} for text in (" first", " second")]
+    return {"info": info, "summaries": summaries, "choice": choice, "worker": "w", "batch": "batch3", "split": "train",
+            "extra": {"confidence": None}}  # fmt: skip
+
+
+def test_tldr_rows_become_prompt_chosen_and_rejected(hub, tmp_path):
+    folder = tmp_path / "openai/summarize_from_feedback/comparisons"
+    for split, rows in (("train", [comparison(0), comparison(1)]), ("validation", [comparison(0)])):
+        (folder / split).mkdir(parents=True)
+        datasets.Dataset.from_list(rows).to_parquet(folder / split / "0000.parquet")
+    first, second = (split_row(*row) for row in read_hub_rows("tldr"))
     prompt = "SUBREDDIT: r/tifu\n\nTITLE: So\n\nPOST: I did it.\n\nTL;DR:"
-    assert asked == [("openai/summarize_from_feedback", "comparisons")]
-    assert split_row("1", first) == (prompt, prompt, " first", " second")
-    assert split_row("2", second) == (prompt, prompt, " second", " first")
+    assert hub == [("openai/summarize_from_feedback", "refs/convert/parquet")]
+    assert first == (prompt, prompt, " first", " second")
+    assert second == (prompt, prompt, " second", " first")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        comparison(2),
+        comparison(None),
+        comparison(0) | {"info": None},
+        comparison(0) | {"summaries": [{"text": "one"}]},
+        comparison(0) | {"summaries": None},
+        {"summaries": []},
+    ],
+)
+def test_a_broken_comparison_is_an_error_that_names_the_row(row):
+    with pytest.raises(UserError, match="row 7: not a TL;DR comparison"):
+        split_row("row 7", row)
 
 
 @pytest.mark.parametrize("error", [ConnectionError("no network\nmore\nlines"), ValueError(), FileNotFoundError("gone")])
-@pytest.mark.parametrize("source", ["hh", "tldr"])
+@pytest.mark.parametrize("source", ["hh", "hh:harmless-base", "tldr"])
 def test_a_hub_that_fails_is_one_line(source, error, monkeypatch):
     def fail(*names, **more):
         raise error
@@ -465,8 +513,15 @@ def test_a_hub_that_fails_is_one_line(source, error, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+def settled(**flags):
+    """Settings as they are for a model from scratch."""
+    settings = Settings(**flags)
+    settle(settings, pretrained=False)
+    return settings
+
+
 def test_training_and_test_pairs_share_no_prompt(tmp_path):
-    train, test = read_pairs(Settings(out=str(tmp_path), limit=400, test_share=0.25))
+    train, test = read_pairs(settled(out=str(tmp_path), limit=400, test_share=0.25))
     prompts = [{tuple(part[index][0].tolist()) for index in range(len(part))} for part in (train, test)]
     assert not prompts[0] & prompts[1]
     share = len(prompts[1]) / len(prompts[0] | prompts[1])
@@ -475,7 +530,7 @@ def test_training_and_test_pairs_share_no_prompt(tmp_path):
 
 
 def test_toy_pairs_carry_the_gold_reward_of_their_texts(tmp_path):
-    train, _ = read_pairs(Settings(out=str(tmp_path), limit=100))
+    train, _ = read_pairs(settled(out=str(tmp_path), limit=100))
     for index in range(len(train)):
         prompt, chosen, rejected = (train.tokenizer.decode(part.tolist()) for part in train[index])
         assert train.gold[index].tolist() == [gold_reward(prompt, chosen), gold_reward(prompt, rejected)]

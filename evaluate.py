@@ -14,10 +14,14 @@ numbers also go to evaluation.json.
 
     python evaluate.py                                                  # sft.pt, dpo.pt, ppo.pt
     python evaluate.py --policies sft.pt dpo_all.pt ppo_all.pt ppo.pt   # with baselines
+    python evaluate.py --prompt "How do I clean my old lamp?"           # every policy's answer to this
+    python evaluate.py --prompt --model dpo.pt                          # talk to one policy, till Ctrl-D
 """
 
 import dataclasses
+import itertools
 import json
+import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +33,15 @@ from tqdm import tqdm
 from model import (
     GPT,
     TOY_BEST_REWARD,
+    TURN,
     ByModel,
     CommonSettings,
     Count,
+    MaybeText,
     Number,
     Pairs,
     Tokenizer,
+    UserError,
     Whole,
     choose_device,
     generate,
@@ -67,6 +74,8 @@ class Settings(CommonSettings):
     samples: Whole = 4  # prompts shown with all answers
     temperature: Number = 1.0  # of sampling
     max_new_tokens: Count = ByModel(scratch=96, pretrained=256)  # longest answer
+    prompt: MaybeText | None = None  # only answer this; without a text, answer what is typed until end of input
+    model: str = "ppo.pt"  # policy that answers what is typed
 
 
 @dataclass
@@ -174,10 +183,66 @@ def side_by_side(pairs: Pairs, answers: dict[str, Answers], count: int) -> str:
     return "\n".join(lines)
 
 
+def as_prompt(text: str, tokenizer: Tokenizer) -> Tensor:
+    """Token ids of a question as the first turn of a dialogue, as in HH and the toy world; a text that already ends
+    like a prompt of the data is one."""
+    if not text.endswith((TURN, "TL;DR:")):
+        text = f"\n\nHuman: {text}{TURN}"
+    return torch.tensor(tokenizer.begin + tokenizer.encode(text))
+
+
+def answer_prompt(settings: Settings, text: str) -> None:
+    """Prints every policy's answer to `text`."""
+    for name in settings.policies:
+        policy, tokenizer = load_model(settings, name, GPT)
+        settle(settings, policy.config.pretrained)
+        prompt = as_prompt(text, tokenizer)
+        (response,) = generate(
+            policy, [prompt], tokenizer.end, settings.max_new_tokens, settings.temperature, settings.seed
+        )
+        title = TITLES.get(name.removesuffix(".pt"), name.removesuffix(".pt"))
+        answer = tokenizer.decode(response.tolist()).strip() or "(nothing)"
+        print(textwrap.fill(answer, 118, initial_indent=f"{title:12s} ", subsequent_indent=" " * 13))
+
+
+def talk(settings: Settings) -> None:
+    """Answers each line typed, as the answer comes; every question stands alone."""
+    policy, tokenizer = load_model(settings, settings.model, GPT)
+    settle(settings, policy.config.pretrained)
+    ids, shown = [], ""
+
+    def show(tokens: Tensor) -> None:
+        nonlocal shown
+        ids.append(tokens.item())
+        text = tokenizer.decode(ids).lstrip()
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character's first bytes wait for its last
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+
+    for turn in itertools.count():
+        try:
+            text = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            break
+        if not text.strip():
+            continue
+        ids.clear()
+        shown = ""
+        seed = mixed_seed(settings.seed, turn)
+        try:
+            prompt = as_prompt(text, tokenizer)
+            generate(policy, [prompt], tokenizer.end, settings.max_new_tokens, settings.temperature, seed, watch=show)
+        except UserError as error:  # a question too long for the context
+            print(error, file=sys.stderr)
+        print(tokenizer.decode(ids).lstrip()[len(shown) :])
+
+
 def main() -> None:
     """Lets every policy answer the test prompts, and compares."""
     # 1. Settings, test pairs, SFT and reward model.
     settings = parse_settings(Settings, __doc__)
+    if settings.prompt is not None:
+        return answer_prompt(settings, settings.prompt) if settings.prompt else talk(settings)
     device = choose_device(settings)
     pairs = load_pairs(settings, settings.data)
     firsts = {tuple(pairs[index][0].tolist()): index for index in reversed(range(len(pairs)))}

@@ -37,7 +37,7 @@ import typing
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -87,6 +87,7 @@ Share = number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 Real = number(float, lambda value: True, "a number")
 Number = number(float, lambda value: value >= 0, "a number from 0 up")
 Positive = number(float, lambda value: value > 0, "a number above 0")
+MaybeText = Annotated[str, ("type", str), ("nargs", "?"), ("const", "")]  # a flag whose text may be left out
 
 
 @dataclass
@@ -967,13 +968,14 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
 
 @torch.no_grad()
 def generate(
-    model: GPT, prompts: list[Tensor], end: int, max_new_tokens: int, temperature: float = 1.0, seed: int = 0
-) -> list[Tensor]:
+    model: GPT, prompts: list[Tensor], end: int, max_new_tokens: int, temperature: float = 1.0, seed: int = 0,
+    watch: Callable[[Tensor], None] | None = None,
+) -> list[Tensor]:  # fmt: skip
     """Samples one response to each prompt from the full softmax; `end` stops a response and is kept in it.
 
     prompts: tensors of token ids. Returns tensors of 1 to max_new_tokens ids on the CPU. A response depends on its
-    prompt, its place in the list, max_new_tokens and the seed, not on what it is batched with. Raises UserError if
-    prompt and response could outgrow the model's context.
+    prompt, its place in the list, max_new_tokens and the seed, not on what it is batched with. `watch` is called at
+    each step with the new tokens. Raises UserError if prompt and response could outgrow the model's context.
     """
     room = model.config.context - max(map(len, prompts))
     if max_new_tokens > room:
@@ -983,14 +985,14 @@ def generate(
     by_length = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     for start in range(0, len(prompts), 256):  # prompts of like length together: less of the cache lies empty
         indices = by_length[start : start + 256]
-        tokens = decode(model, [prompts[index] for index in indices], noise[indices], end, temperature)
+        tokens = decode(model, [prompts[index] for index in indices], noise[indices], end, temperature, watch)
         for index, row in zip(indices, tokens, strict=True):
             ends = (row == end).nonzero()
             responses[index] = row[: ends[0] + 1] if len(ends) else row
     return responses
 
 
-def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperature: float) -> Tensor:
+def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperature: float, watch=None) -> Tensor:
     """Token ids [S, max_new_tokens] sampled with a key-value cache; a row is `end` from its first `end` on."""
     device = model.embedding.weight.device
     width = max(map(len, prompts))
@@ -1013,9 +1015,11 @@ def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperatu
         if step > 0:
             tokens = torch.where(output[live, step - 1] == end, end, tokens)
         output[live, step] = tokens
+        if watch:
+            watch(tokens)
         if step == steps - 1:
             break
-        if step % 8 == 7:  # now and then, the finished leave the batch
+        if watch or step % 8 == 7:  # now and then, the finished leave the batch
             going = (tokens != end).nonzero()[:, 0]
             if not len(going):
                 break

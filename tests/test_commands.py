@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import model
+from model import GPT, CommonSettings, generate, load_model
 
 REPOSITORY = Path(model.__file__).parent
 SMALL = "--limit 300 --steps 20 --vocabulary 400 --dim 32 --layers 1 --heads 2 --kv-heads 1 --batch-size 16 --lr 1e-2"
@@ -573,6 +574,35 @@ def test_data_that_can_not_be_read_names_the_file_and_the_row(tmp_path, name, da
     path.write_bytes(data)
     line = complaint("model", empty, "--data", path)
     assert str(path) in line and re.search(says, line)
+
+
+def test_prompt_prints_every_policys_answer_and_writes_nothing(toy):
+    before = contents(toy.out)
+    flags = ["--out", toy.out, "--policies", "sft.pt", "ppo.pt", "--max-new-tokens", 12, "--temperature", 0]
+    result = run("evaluate", *flags, "--prompt", "How do I clean my lamp?")
+    assert not result.code, result.err
+    lines = result.out.splitlines()
+    assert lines[0].startswith("SFT ") and any(line.startswith("MPO ") for line in lines[1:])
+    policy, tokenizer = load_model(CommonSettings(out=str(toy.out)), "sft.pt", GPT)
+    prompt = torch.tensor(tokenizer.encode("\n\nHuman: How do I clean my lamp?\n\nAssistant:"))
+    (answer,) = generate(policy, [prompt], tokenizer.end, 12, temperature=0)
+    assert lines[0].split()[1:] == tokenizer.decode(answer.tolist()).split()
+    assert run("evaluate", *flags, "--prompt", "\n\nHuman: How do I clean my lamp?\n\nAssistant:").out == result.out
+    assert contents(toy.out) == before
+
+
+def test_prompt_without_a_text_answers_what_is_typed_until_end_of_input(toy, monkeypatch):
+    flags = ["--out", toy.out, "--max-new-tokens", 12, "--temperature", 0]
+    typed = "How do I clean my lamp?\n\n" + "x" * 5000 + "\nSell this \N{OWL}?\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    result = run("evaluate", *flags, "--prompt", "--model", "sft.pt")
+    assert not result.code
+    assert "leaves room for" in result.err and result.err.count("\n") == 1  # the third line is too long; it goes on
+    answers = result.out.splitlines()
+    assert len(answers) == 3 and answers[1] == ""
+    for question, answer in (("How do I clean my lamp?", answers[0]), ("Sell this \N{OWL}?", answers[2])):
+        whole = run("evaluate", *flags, "--policies", "sft.pt", "--prompt", question).out
+        assert whole.split()[1:] == (answer.split() or ["(nothing)"])
 
 
 def test_a_data_file_or_folder_that_is_not_there_is_refused(tmp_path):

@@ -996,6 +996,14 @@ def test_a_response_does_not_depend_on_the_other_prompts():
             assert responses[place].tolist() == reference[place].tolist()
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_watched_answer_is_seen_token_by_token_and_stops_at_its_end(seed):
+    policy, (prompt,), seen = small_policy(), some_prompts(1), []
+    (response,) = generate(policy, [prompt], END, 20, 1.0, seed, watch=lambda tokens: seen.append(tokens.item()))
+    assert seen == response.tolist()
+    assert seen == generate(policy, [prompt], END, 20, 1.0, seed)[0].tolist()
+
+
 def test_generation_takes_another_path_with_another_seed():
     policy, prompts = small_policy(), some_prompts(8)
     first, second, third = (generate(policy, prompts, END, 20, 1.0, seed) for seed in (1, 1, 2))

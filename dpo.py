@@ -41,6 +41,7 @@ from model import (
     require_same_tokenizer,
     run_command,
     settle,
+    summed,
 )
 
 
@@ -96,33 +97,35 @@ def main() -> None:
     per_token = settings.loss == "ipo"
 
     # 2. The reference's log-probs of all pairs, while the policy still is the reference.
-    reference = torch.empty(len(pairs), 2)
+    reference = torch.zeros(len(pairs), 2, device=device)
     with torch.no_grad():
         for batch in pack_with_bar([pairs[index] for index in range(len(pairs))], device, "reference"):
-            reference[batch.members.cpu()] = pair_logprobs(policy, batch, per_token).cpu()
+            reference[batch.members] = pair_logprobs(policy, batch, per_token)
+    reference = summed(reference)
 
     # 3. Train.
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     training = Training(settings, count_steps(settings, len(pairs)), policy=policy, optimizer=optimizer)
     for step in training:
-        indices = torch.tensor(batch_indices(len(pairs), settings.batch_size, step, settings.seed))
-        documents = [pairs[index] for index in indices.tolist()]
-        losses, logprobs, logratios = [], [], []
+        indices = batch_indices(len(pairs), settings.batch_size, step, settings.seed)
+        documents, reference_logprobs = [pairs[index] for index in indices], reference[indices]
+        logprobs = torch.zeros_like(reference_logprobs)
         for batch in pack(documents, device):
-            policy_logprobs = pair_logprobs(policy, batch, per_token)
-            batch_logratios = policy_logprobs - reference[indices[batch.members.cpu()]].to(device)
-            batch_losses = dpo_loss(*batch_logratios.unbind(1), settings.beta, settings.loss, settings.label_smoothing)
-            (batch_losses.sum() / len(documents)).backward()
-            losses.append(batch_losses.detach())
-            logprobs.append(policy_logprobs.detach())
-            logratios.append(batch_logratios.detach())
+            batch_logprobs = pair_logprobs(policy, batch, per_token)
+            logratios = batch_logprobs - reference_logprobs[batch.members]
+            losses = dpo_loss(*logratios.unbind(1), settings.beta, settings.loss, settings.label_smoothing)
+            (losses.sum() / len(documents)).backward()
+            logprobs[batch.members] = batch_logprobs.detach()
         grad_norm = training.optimizer_step(optimizer)
-        rewards = settings.beta * torch.cat(logratios)
+        logprobs = summed(logprobs)
+        logratios = logprobs - reference_logprobs
+        losses = dpo_loss(*logratios.unbind(1), settings.beta, settings.loss, settings.label_smoothing)
+        rewards = settings.beta * logratios
         margin = rewards[:, 0] - rewards[:, 1]
         lengths = torch.tensor([[len(part) for part in document] for document in documents])
-        metrics = {"loss": torch.cat(losses).mean(), "margin": margin.mean(), "accuracy": (margin > 0).float().mean()}
+        metrics = {"loss": losses.mean(), "margin": margin.mean(), "accuracy": (margin > 0).float().mean()}
         for side, name in enumerate(("chosen", "rejected")):
-            metrics[f"{name}_logprobs"] = torch.cat(logprobs)[:, side].mean()
+            metrics[f"{name}_logprobs"] = logprobs[:, side].mean()
             metrics[f"{name}_rewards"] = rewards[:, side].mean()
             metrics[f"{name}_length"] = lengths[:, side + 1].float().mean()
         metrics = {name: value.item() for name, value in metrics.items()}

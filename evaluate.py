@@ -54,6 +54,7 @@ from model import (
     require_same_tokenizer,
     run_command,
     settle,
+    summed,
     write_text,
 )
 from reward import RewardModel, score_pairs, wilson_interval
@@ -111,6 +112,7 @@ def answer(
         log_ratio = policy.logprobs(batch)[0] - sft.logprobs(batch)[0]
         kl[batch.members.cpu()] = torch.zeros(len(batch.last)).index_add(0, batch.sequence.cpu(), log_ratio.cpu())
         rewards[batch.members.cpu()] = reward.score(batch).cpu()
+    kl, rewards = summed(kl), summed(rewards)
     texts = [tokenizer.decode(response.tolist()) for response in responses]
     gold = None
     if source == "toy":

@@ -16,6 +16,7 @@ and writes pairs.pt (training pairs), test.pt (held-back pairs) and sft.pt (the 
 
 import argparse
 import array
+import atexit
 import bisect
 import contextlib
 import dataclasses
@@ -46,9 +47,14 @@ import numpy as np
 import regex
 import tiktoken
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 # ---- Settings, the command line and errors ----
@@ -173,11 +179,26 @@ def settle(settings, pretrained: bool) -> None:
 
 
 def run_command(main) -> None:
-    """Runs a stage's `main`; a user's mistake becomes one line on stderr and exit code 2."""
+    """Runs a stage's `main`; a user's mistake becomes one line on stderr and exit code 2. Of the processes that
+    torchrun starts, the first one speaks for all."""
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(dist.destroy_process_group)
+    rank, _ = processes()
     try:
-        main()
+        with contextlib.ExitStack() as stack:
+            if rank > 0:
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            main()
+            if dist.is_initialized():
+                dist.barrier()  # a process that leaves early breaks the connection of those that still talk
     except (UserError, OSError) as error:  # OSError: a disk that fills up or a folder that vanishes on the way
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        if rank == 0:
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -193,6 +214,87 @@ def find_file(settings: CommonSettings, name: str) -> Path:
               "hard.pt": "split", "dpo.pt": "dpo", "ppo.pt": "ppo"}  # fmt: skip
     remedy = f"run python {makers[name]}.py first, or name another" if name in makers else "name one that exists"
     raise UserError(f"{Path(settings.out) / name}: no such file; {remedy}")
+
+
+# ---- Several processes (torchrun): each holds a share of the weights and computes a share of the batch ----
+
+
+def processes() -> tuple[int, int]:
+    """(number of this process, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The sum of `tensor` over all processes. `pack` deals the documents out; with 0 at the places of the others'
+    documents, this puts the results together again."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@functools.cache
+def process_mesh(kind: str) -> DeviceMesh:
+    """All processes as the one-dimensional mesh over which weights are cut."""
+    return init_device_mesh(kind, (processes()[1],))
+
+
+def shard(model: nn.Module, blocks: nn.ModuleList, device: torch.device) -> nn.Module:
+    """Cuts every weight over the processes (FSDP2, `fully_shard`): a block's weights are whole only while it computes.
+
+    Gradients are added up, not averaged: every loss is already divided by the whole batch's count.
+    """
+    for module in (*blocks, model):
+        fully_shard(module, mesh=process_mesh(device.type), reshard_after_forward=True)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    for method in ("logprobs", "read"):  # what is called beside forward
+        if hasattr(model, method):
+            register_fsdp_forward_method(model, method)
+    return model
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module):
+    """Keeps a sharded model's weights whole, for generation, in which each process takes steps of its own."""
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.unshard()
+        part.set_reshard_after_forward(False, recurse=False)
+    yield
+    for part in parts:
+        part.reshard()
+        part.set_reshard_after_forward(True, recurse=False)
+
+
+def whole_state(part) -> dict:
+    """state_dict of a model or an optimiser with whole tensors, as one process would have them. Of several
+    processes only the first, which writes the files, gets them."""
+
+    def whole(tensor: DTensor):
+        tensor = tensor.full_tensor()
+        return tensor.cpu() if processes()[0] == 0 else None
+
+    return tree_map_only(DTensor, whole, part.state_dict())
+
+
+def load_whole_state(part, state: dict) -> None:
+    """load_state_dict of what whole_state returned; a sharded part takes its shares."""
+
+    def like(parameter: Tensor, value):
+        if not isinstance(parameter, DTensor) or value.dim() == 0:
+            return value
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+    if isinstance(part, torch.optim.Optimizer):
+        parameters = [parameter for group in part.param_groups for parameter in group["params"]]
+        moments = {
+            number: {key: like(parameters[number], value) for key, value in entry.items()}
+            for number, entry in state["state"].items()
+        }
+        part.load_state_dict({**state, "state": moments})
+    else:
+        ours = part.state_dict()
+        part.load_state_dict({name: like(ours[name], value) for name, value in state.items()})
 
 
 # ---- Tokenizer: byte-level byte-pair encoding ----
@@ -635,15 +737,29 @@ def pack(
 ) -> Iterator[Packed]:
     """Packs documents, each (prompt, response, response, …), into rows; yields one `Packed` per forward pass.
 
-    From the longest document down, each goes into the row that it fills best. Short rows suit the CPU, whose dense
-    mask makes attention cost quadratic in the row; a GPU skips what the mask hides, and wants more tokens at once.
+    Of several processes each gets other rows, and as many passes as the rest, the last one empty if need be.
     """
+    rank, size = processes()
     sizes = [sum(map(len, document)) for document in documents]
-    on_gpu = device.type == "cuda"
-    length = max(4096 if on_gpu else 256, -(-max(sizes) // 64) * 64)
-    rows_per_pass = rows_per_pass or max(1, (32768 if on_gpu else 8192) // length)
-    rows, open_rows = [], []  # open_rows: (tokens still free, row), sorted
-    for index in sorted(range(len(documents)), key=lambda index: -sizes[index]):
+    length = row_length(sizes, device)
+    rows_per_pass = rows_per_pass or max(1, (32768 if device.type == "cuda" else 8192) // length)
+    rows = fill_rows(sizes, length)
+    for start in range(0, len(rows), rows_per_pass * size):
+        mine = rows[start : start + rows_per_pass * size][rank::size]
+        yield lay_out(documents, mine or [[]], length).to(device)
+
+
+def row_length(sizes: list[int], device: torch.device) -> int:
+    """Length of the rows for documents of these sizes. Short rows suit the CPU, whose dense mask makes attention cost
+    quadratic in the row; a GPU skips what the mask hides, and wants more tokens at once."""
+    return max(4096 if device.type == "cuda" else 256, -(-max(sizes) // 64) * 64)
+
+
+def fill_rows(sizes: list[int], length: int) -> list[list[int]]:
+    """Best fit: from the largest down, each of `sizes` goes into the row of `length` that it fills best. Returns the
+    indices in each row."""
+    rows, open_rows = [], []  # open_rows: (places still free, row), sorted
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
         place = bisect.bisect_left(open_rows, (sizes[index], 0))
         if place == len(open_rows):
             open_rows.append((length, len(rows)))
@@ -651,8 +767,7 @@ def pack(
         free, row = open_rows.pop(place)
         rows[row].append(index)
         bisect.insort(open_rows, (free - sizes[index], row))
-    for start in range(0, len(rows), rows_per_pass):
-        yield lay_out(documents, rows[start : start + rows_per_pass], length).to(device)
+    return rows
 
 
 def pack_with_bar(documents: list[tuple[Tensor, ...]], device: torch.device, what: str) -> Iterator[Packed]:
@@ -698,7 +813,8 @@ def lay_out(documents: list[tuple[Tensor, ...]], rows: list[list[int]], length: 
         torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.long)
         for pieces in (source, target, sequence, offset)
     ]
-    return Packed(tokens, positions, document, branch, *flat, torch.tensor(last), torch.tensor(members))
+    numbers = (torch.tensor(part, dtype=torch.long) for part in (last, members))
+    return Packed(tokens, positions, document, branch, *flat, *numbers)
 
 
 # ---- The GPT ----
@@ -839,7 +955,7 @@ class GPT(nn.Module):
 
     def hidden(self, batch: Packed) -> Tensor:
         """Hidden states of a packed batch, rows laid end to end: [rows · length, dim]."""
-        return self(batch.tokens, batch.positions, batch.mask).flatten(0, 1)
+        return self.forward(batch.tokens, batch.positions, batch.mask).flatten(0, 1)
 
     def logprobs(self, batch: Packed, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies [N] of the batch's response tokens, in fp32. Entropies carry no gradient."""
@@ -981,15 +1097,16 @@ def generate(
     if max_new_tokens > room:
         raise UserError(f"--max-new-tokens {max_new_tokens}: the longest prompt leaves room for {room} in the context")
     noise = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
-    responses = [None] * len(prompts)
-    by_length = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    for start in range(0, len(prompts), 256):  # prompts of like length together: less of the cache lies empty
-        indices = by_length[start : start + 256]
-        tokens = decode(model, [prompts[index] for index in indices], noise[indices], end, temperature, watch)
-        for index, row in zip(indices, tokens, strict=True):
-            ends = (row == end).nonzero()
-            responses[index] = row[: ends[0] + 1] if len(ends) else row
-    return responses
+    rank, size = processes()
+    by_length = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))[rank::size]
+    tokens = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long)
+    with gathered(model):
+        for start in range(0, len(by_length), 256):  # prompts of like length together: less of the cache lies empty
+            indices = by_length[start : start + 256]
+            some = [prompts[index] for index in indices]
+            tokens[indices] = decode(model, some, noise[indices], end, temperature, watch)
+    ends = [(row == end).nonzero()[:1] for row in summed(tokens)]
+    return [row[: place + 1] if len(place) else row for row, place in zip(tokens, ends, strict=True)]
 
 
 def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperature: float, watch=None) -> Tensor:
@@ -997,7 +1114,9 @@ def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperatu
     device = model.embedding.weight.device
     width = max(map(len, prompts))
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    (batch,) = pack([(prompt,) for prompt in prompts], device, rows_per_pass=len(prompts))
+    sizes = [len(prompt) for prompt in prompts]
+    length = row_length(sizes, device)
+    batch = lay_out([(prompt,) for prompt in prompts], fill_rows(sizes, length), length).to(device)
     order = batch.members  # packing sorts; rows of the cache are in packed order
     row, place = (batch.document >= 0).nonzero(as_tuple=True)
     sequence = batch.document[row, place]
@@ -1039,6 +1158,8 @@ def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperatu
 def write_whole(path: Path, write) -> None:
     """Calls `write` on a binary file so that `path` is whole at every moment: beside it first, then to the disk, then
     renamed onto it. Raises UserError if that fails; what was there is unchanged."""
+    if processes()[0] > 0:
+        return
     beside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1092,13 +1213,13 @@ def save_model(settings: CommonSettings, model: nn.Module, tokenizer: Tokenizer)
     content = {
         "config": dataclasses.asdict(model.config),
         "tokenizer": tokenizer.state,
-        "weights": model.state_dict(),
+        "weights": whole_state(model),
     }
     save_file(Path(settings.out) / settings.save, {"kind": model.kind, **content})
 
 
-def load_model(settings: CommonSettings, name: str, model_class: type) -> tuple[nn.Module, Tokenizer]:
-    """Reads a model of `model_class` and its tokenizer, and prepares it for the device."""
+def load_model(settings: CommonSettings, name: str, model_class: type, prepare: bool = True):
+    """Reads a model of `model_class`, and prepares it for the device unless told not to. Returns (model, Tokenizer)."""
     path = find_file(settings, name)
     with reading(path):
         content = load_file(path, model_class.kind)
@@ -1108,7 +1229,7 @@ def load_model(settings: CommonSettings, name: str, model_class: type) -> tuple[
             if model_class is not GPT:  # a reward model is built around a GPT
                 model = model_class(model)
         model.load_state_dict(content["weights"], assign=True)
-    return prepare_model(model, settings), tokenizer
+    return prepare_model(model, settings) if prepare else model, tokenizer
 
 
 def require_same_tokenizer(**tokenizers: Tokenizer) -> None:
@@ -1148,7 +1269,7 @@ def prepare_model(model: nn.Module, settings: CommonSettings) -> nn.Module:
     if gpt.compiled:
         for block in gpt.blocks:
             block.compile(dynamic=True)
-    return model.to(device)
+    return shard(model, gpt.blocks, device) if dist.is_initialized() else model.to(device)
 
 
 # ---- Pretrained weights in, trained ones out: Hugging Face folders of the Llama family ----
@@ -1472,7 +1593,7 @@ class Training:
                         flag = "--" + key.replace("_", "-")
                         raise UserError(f"--resume: {flag} is {value}, but the saved run had {state['settings'][key]}")
                 for key, part in parts.items():
-                    part.load_state_dict(state[key])
+                    load_whole_state(part, state[key])
                 self.step = state["step"]
             lines = settings.log_path.read_text().splitlines(keepends=True)[: self.step]
         else:
@@ -1490,6 +1611,7 @@ class Training:
                     self.step += 1
                     self.bar.update()
                     every = self.settings.save_every
+                    self.stopping = bool(summed(torch.tensor(float(self.stopping))))  # all stop at the same step
                     if self.stopping or (every and self.step % every == 0 and self.step < self.steps):
                         self.save_state()
                     if self.stopping:
@@ -1509,7 +1631,7 @@ class Training:
 
     def save_state(self) -> None:
         """Writes all that --resume needs."""
-        parts = {key: part.state_dict() for key, part in self.parts.items()}
+        parts = {key: whole_state(part) for key, part in self.parts.items()}
         content = {"kind": "resume state", "step": self.step, "settings": self.fixed, **parts}
         save_file(self.settings.state_path, content)
 
@@ -1529,7 +1651,8 @@ class Training:
         Raises UserError at a gradient that is not finite, which every loss that is not finite brings about.
         """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip).item()
+        norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         if not math.isfinite(norm):
             raise UserError(f"step {self.step}: the gradient is not finite; try a lower --lr")
         for group in optimizer.param_groups:
@@ -1547,14 +1670,16 @@ class Training:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
         speed = {"tokens_per_second": tokens / seconds, f"{unit}_per_second": units / seconds}
         record = {"step": self.step, **metrics, "lr": self.lr, "seconds": seconds, **speed, "peak_memory_mb": peak}
-        with self.settings.log_path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        if processes()[0] == 0:
+            with self.settings.log_path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
         self.bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown}, refresh=False)
 
     def finish(self, model: nn.Module, tokenizer: Tokenizer, next_command: str) -> None:
         """Saves the trained model, drops the resume state, and says which command comes next."""
         save_model(self.settings, model, tokenizer)
-        self.settings.state_path.unlink(missing_ok=True)
+        if processes()[0] == 0:
+            self.settings.state_path.unlink(missing_ok=True)
         say_next(self.settings, [self.settings.save], next_command)
 
 
@@ -1679,20 +1804,20 @@ def main() -> None:
     for step in training:
         documents = sft_documents(pairs, batch_indices(len(pairs), settings.batch_size, step, settings.seed))
         tokens = sum(len(response) for _, response in documents)
-        loss = 0.0
+        loss = torch.zeros((), device=device)
         for batch in pack(documents, device):
             logprobs, _ = policy.logprobs(batch)
             batch_loss = -logprobs.sum() / tokens
             batch_loss.backward()
-            loss += batch_loss.item()
+            loss += batch_loss.detach()
         grad_norm = training.optimizer_step(optimizer)
         tokens_read = sum(len(prompt) + len(response) for prompt, response in documents)
-        training.log(("loss",), "pairs", len(documents), tokens_read, loss=loss, grad_norm=grad_norm)
+        training.log(("loss",), "pairs", len(documents), tokens_read, loss=summed(loss).item(), grad_norm=grad_norm)
 
     # 4. How well it predicts held-back responses.
     with torch.no_grad():
-        logprobs = [policy.logprobs(batch)[0] for batch in pack(sft_documents(test, range(len(test))), device)]
-    loss = -torch.cat(logprobs).mean().item()
+        sums = [policy.logprobs(batch)[0].sum() for batch in pack(sft_documents(test, range(len(test))), device)]
+    loss = -summed(sum(sums)).item() / test.lengths[:, 1].sum().item()
     print(f"test loss {loss:.3f} nats a token (perplexity {math.exp(loss):.2f})")
     training.finish(policy, pairs.tokenizer, "python reward.py")
 

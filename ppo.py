@@ -44,6 +44,7 @@ from model import (
     require_same_tokenizer,
     run_command,
     settle,
+    summed,
 )
 from reward import RewardModel
 
@@ -159,7 +160,8 @@ def roll_out(
         reference_logprobs[at] = reference.logprobs(batch, settings.temperature)[0]
         values[at] = critic.read(batch, batch.source)  # the state before the action, where nothing is known of it
         scores[batch.members] = reward.score(batch)
-    return Rollout(documents, logprobs, reference_logprobs, values, scores, lengths, ended)
+    known = (summed(part) for part in (logprobs, reference_logprobs, values, scores))
+    return Rollout(documents, *known, lengths, ended)
 
 
 def advantages_and_returns(settings: Settings, rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -203,7 +205,7 @@ def update(
                     "clip_fraction": ((ratio - 1).abs() > settings.clip_ratio).float()}  # fmt: skip
         for name, value in sums.items():
             totals[name] = totals.get(name, 0) + value.detach().sum() / tokens
-    return totals
+    return {name: summed(total) for name, total in totals.items()}
 
 
 def rollout_metrics(rollout: Rollout, returns: Tensor, tokenizer: Tokenizer, source: str) -> dict[str, float]:

@@ -38,9 +38,11 @@ from model import (
     pack,
     pack_with_bar,
     parse_settings,
+    prepare_model,
     require_same_tokenizer,
     run_command,
     settle,
+    summed,
 )
 
 
@@ -73,7 +75,7 @@ class RewardModel(nn.Module):
 
     def read(self, batch: Packed, places: Tensor) -> Tensor:
         """The head's value, in fp32, at flat indices `places` of a packed batch: [len(places)]."""
-        return self.head(self.trunk.hidden(batch)[places].float())[:, 0]
+        return self.trunk.hidden(batch)[places].float() @ self.head.weight[0] + self.head.bias
 
     def score(self, batch: Packed) -> Tensor:
         """The reward of each sequence, read at its last token: [sequences]."""
@@ -91,10 +93,10 @@ def bradley_terry_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tens
 @torch.no_grad()
 def score_pairs(model: RewardModel, pairs: Pairs, device: torch.device) -> Tensor:
     """Rewards [n, 2] of all chosen and rejected responses, on the CPU."""
-    rewards = torch.empty(len(pairs), 2)
+    rewards = torch.zeros(len(pairs), 2)
     for batch in pack_with_bar([pairs[index] for index in range(len(pairs))], device, "scoring"):
         rewards[batch.members.cpu()] = model.score(batch).view(-1, 2).cpu()
-    return rewards
+    return summed(rewards)
 
 
 def ranking_accuracy(rewards: Tensor) -> float:
@@ -136,32 +138,32 @@ def main() -> None:
     settings = parse_settings(Settings, __doc__)
     device = choose_device(settings)
     pairs, test = load_pairs(settings, settings.data), load_pairs(settings, settings.test)
-    policy, tokenizer = load_model(settings, settings.init, GPT)
+    policy, tokenizer = load_model(settings, settings.init, GPT, prepare=False)
     require_same_tokenizer(init=tokenizer, data=pairs.tokenizer, test=test.tokenizer)
     settle(settings, policy.config.pretrained)
     torch.manual_seed(mixed_seed(settings.seed, 0))
-    model = RewardModel(policy).to(device)
+    model = prepare_model(RewardModel(policy), settings)
 
     # 2. Bradley-Terry loss; chosen and rejected lie side by side behind one shared prompt.
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     training = Training(settings, count_steps(settings, len(pairs)), model=model, optimizer=optimizer)
     for step in training:
         documents = [pairs[index] for index in batch_indices(len(pairs), settings.batch_size, step, settings.seed)]
-        loss = accuracy = 0.0
+        loss, accuracy = torch.zeros(2, device=device)
         for batch in pack(documents, device):
             chosen_rewards, rejected_rewards = model.score(batch).view(-1, 2).unbind(1)
             batch_loss = bradley_terry_loss(chosen_rewards, rejected_rewards).sum() / len(documents)
             batch_loss.backward()
-            loss += batch_loss.item()
-            accuracy += (chosen_rewards > rejected_rewards).sum().item() / len(documents)
+            loss += batch_loss.detach()
+            accuracy += (chosen_rewards > rejected_rewards).sum() / len(documents)
         grad_norm = training.optimizer_step(optimizer)
         tokens = sum(len(part) for document in documents for part in document)
-        training.log(("loss", "accuracy"), "pairs", len(documents), tokens, loss=loss, accuracy=accuracy,
-                     grad_norm=grad_norm)  # fmt: skip
+        metrics = {"loss": summed(loss).item(), "accuracy": summed(accuracy).item(), "grad_norm": grad_norm}
+        training.log(("loss", "accuracy"), "pairs", len(documents), tokens, **metrics)
 
     # 3. Shift: mean reward 0 over the training responses.
     with torch.no_grad():
-        model.head.bias -= score_pairs(model, pairs, device).mean()
+        model.head.bias -= score_pairs(model, pairs, device).mean().item()
 
     # 4. Report on held-back pairs, and save.
     report(score_pairs(model, test, device), test.gold)

@@ -38,7 +38,6 @@ from model import (
     pack,
     pack_with_bar,
     parse_settings,
-    require_same_tokenizer,
     run_command,
     settle,
     summed,
@@ -92,7 +91,6 @@ def main() -> None:
     device = choose_device(settings)
     pairs = load_pairs(settings, settings.data)
     policy, tokenizer = load_model(settings, settings.init, GPT)
-    require_same_tokenizer(init=tokenizer, data=pairs.tokenizer)
     settle(settings, policy.config.pretrained)
     per_token = settings.loss == "ipo"
 

@@ -51,7 +51,6 @@ from model import (
     mixed_seed,
     pack,
     parse_settings,
-    require_same_tokenizer,
     run_command,
     settle,
     summed,
@@ -249,22 +248,21 @@ def main() -> None:
     pairs = load_pairs(settings, settings.data)
     firsts = {tuple(pairs[index][0].tolist()): index for index in reversed(range(len(pairs)))}
     pairs = pairs.select(torch.tensor(sorted(firsts.values())[: settings.prompts]))  # each prompt once
-    sft, sft_tokenizer = load_model(settings, settings.sft, GPT)
-    reward, reward_tokenizer = load_model(settings, settings.reward, RewardModel)
-    require_same_tokenizer(sft=sft_tokenizer, reward=reward_tokenizer, data=pairs.tokenizer)
+    sft, tokenizer = load_model(settings, settings.sft, GPT)
+    reward, _ = load_model(settings, settings.reward, RewardModel)
     settle(settings, sft.config.pretrained)
     chosen = score_pairs(reward, pairs, device)[:, 0] if pairs.gold is None else pairs.gold[:, 0]
 
     # 2. Answers of each policy, and of SFT to compare them with.
     prompts = [pairs[index][0] for index in range(len(pairs))]
     for name in settings.policies:  # every file is checked before any work
-        require_same_tokenizer(policies=load_model(settings, name, GPT)[1], data=pairs.tokenizer)
+        load_model(settings, name, GPT)
     answers = {}
     for name in tqdm(settings.policies, desc="answering", unit="policy"):
-        policy, tokenizer = load_model(settings, name, GPT)
+        policy, _ = load_model(settings, name, GPT)
         answers[name.removesuffix(".pt")] = answer(settings, prompts, tokenizer, pairs.source, policy, sft, reward)
     sft_answers = answers.get(settings.sft.removesuffix(".pt")) or answer(
-        settings, prompts, sft_tokenizer, pairs.source, sft, sft, reward
+        settings, prompts, tokenizer, pairs.source, sft, sft, reward
     )
 
     # 3. Table, samples, file.

@@ -106,6 +106,15 @@ class CommonSettings:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of activations; weights and optimiser state stay fp32
     compile: bool | None = None  # torch.compile the blocks and the log-prob kernel; default: on for cuda
 
+    parents: dict = dataclasses.field(default_factory=dict, init=False)  # what was read, see note_parent
+
+    @property
+    def given(self) -> dict:
+        """The flags that a result depends on, as JSON would hold them."""
+        others = ("out", "resume", "save_every", "parents")
+        flags = {name: value for name, value in vars(self).items() if name not in others}
+        return json.loads(json.dumps(flags, default=str))
+
 
 @dataclass
 class TrainingSettings(CommonSettings):
@@ -150,6 +159,8 @@ def parse_settings(settings_class, description: str):
         helps |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(parent), re.MULTILINE))
     hints = typing.get_type_hints(settings_class, include_extras=True)
     for field in dataclasses.fields(settings_class):
+        if not field.init:
+            continue
         assert field.name in helps, f"{field.name}: a field and its comment must stand on one line"
         hint = hints[field.name]
         if type(None) in typing.get_args(hint):  # "X | None" reads an X
@@ -467,7 +478,7 @@ def toy_rows(count: int, seed: int) -> Iterator[dict]:
 
 # ---- Preference pairs and where they come from ----
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass
@@ -504,10 +515,10 @@ class Pairs:
         lengths = self.lengths[indices]
         return Pairs(torch.cat(tokens or [self.tokens[:0]]), lengths, self.tokenizer, self.source, rewards, gold)
 
-    def save(self, path: Path) -> None:
-        """Writes the pairs file."""
+    def save(self, settings: CommonSettings, name: str) -> None:
+        """Writes the pairs file `name` in the --out folder."""
         state = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        save_file(path, {"kind": "pairs file", **state, "tokenizer": self.tokenizer.state})
+        save_file(settings, name, "pairs file", {**state, "tokenizer": self.tokenizer.state})
 
 
 def load_pairs(settings: CommonSettings, name: str) -> Pairs:
@@ -515,7 +526,8 @@ def load_pairs(settings: CommonSettings, name: str) -> Pairs:
     path = find_file(settings, name)
     with reading(path):
         state = load_file(path, "pairs file")
-        del state["kind"]
+        note_parent(settings, name, state)
+        state = {field.name: state[field.name] for field in dataclasses.fields(Pairs)}
         pairs = Pairs(**{**state, "tokenizer": Tokenizer(**state["tokenizer"])})
     if not len(pairs):
         raise UserError(f"{path}: holds no pairs")
@@ -1180,9 +1192,33 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda file: file.write(text.encode()))
 
 
-def save_file(path: Path, content: dict) -> None:
-    """Writes `content` with torch.save, whole."""
-    write_whole(path, lambda file: torch.save({"version": FORMAT_VERSION, **content}, file))
+def save_file(settings: CommonSettings, name: str, kind: str, content: dict) -> None:
+    """Writes `content` to the file `name` in the --out folder with torch.save, whole, and with it what made it."""
+    versions = {"format": FORMAT_VERSION, "torch": str(torch.__version__), "python": sys.version.split()[0]}
+    data = next((parent["data"] for parent in settings.parents.values()), None)
+    made = {"command": Path(inspect.getfile(type(settings))).name, "settings": settings.given, "data": data, "parents": settings.parents,
+            "versions": versions}  # fmt: skip
+    content = {"kind": kind, "version": FORMAT_VERSION, "made": made, **content}
+    write_whole(Path(settings.out) / name, lambda file: torch.save(content, file))
+
+
+def fingerprint(*parts) -> str:
+    """16 hexadecimal digits that tell apart tensors, or whatever JSON can hold."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.numpy() if isinstance(part, Tensor) else json.dumps(part, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def note_parent(settings: CommonSettings, name: str, content: dict) -> None:
+    """Notes the file `name` as a parent of what this command will write. Raises UserError if its tokenizer, or the
+    data that it goes back to, is not that of the files read before."""
+    found = {"tokenizer": fingerprint(content["tokenizer"]), "data": content["made"]["data"]}
+    for other, parent in settings.parents.items():
+        for what in ("tokenizer", "data"):
+            if found[what] != parent[what]:
+                raise UserError(f"{name} goes with another {what} than {other}: they are of different runs of model.py")
+    settings.parents[name] = {**found, "made": fingerprint(content["made"])}
 
 
 @contextlib.contextmanager
@@ -1215,7 +1251,7 @@ def save_model(settings: CommonSettings, model: nn.Module, tokenizer: Tokenizer)
         "tokenizer": tokenizer.state,
         "weights": whole_state(model),
     }
-    save_file(Path(settings.out) / settings.save, {"kind": model.kind, **content})
+    save_file(settings, settings.save, model.kind, content)
 
 
 def load_model(settings: CommonSettings, name: str, model_class: type, prepare: bool = True):
@@ -1223,6 +1259,7 @@ def load_model(settings: CommonSettings, name: str, model_class: type, prepare: 
     path = find_file(settings, name)
     with reading(path):
         content = load_file(path, model_class.kind)
+        note_parent(settings, name, content)
         tokenizer = Tokenizer(**content["tokenizer"])
         with torch.device("meta"):  # shapes without numbers: the file's take their place
             model = GPT(Config(**content["config"]))
@@ -1230,14 +1267,6 @@ def load_model(settings: CommonSettings, name: str, model_class: type, prepare: 
                 model = model_class(model)
         model.load_state_dict(content["weights"], assign=True)
     return prepare_model(model, settings) if prepare else model, tokenizer
-
-
-def require_same_tokenizer(**tokenizers: Tokenizer) -> None:
-    """Raises UserError unless all are equal; the keywords say in which file each was."""
-    (first, reference), *others = tokenizers.items()
-    for name, tokenizer in others:
-        if tokenizer.state != reference.state:
-            raise UserError(f"--{name} has another tokenizer than --{first}: they come from different runs of model.py")
 
 
 def choose_device(settings: CommonSettings) -> torch.device:
@@ -1582,16 +1611,17 @@ class Training:
     def __init__(self, settings: TrainingSettings, steps: int, **parts):
         self.settings, self.steps, self.parts, self.step = settings, steps, parts, 0
         self.stopping = False
-        # What must not change between a run and its resumption.
-        self.fixed = {key: value for key, value in vars(settings).items() if key not in ("out", "resume", "save_every")}
         lines = []
         if settings.resume:
             state = load_file(settings.state_path, "resume state")
             with reading(settings.state_path):
-                for key, value in self.fixed.items():
-                    if state["settings"][key] != value:
-                        flag = "--" + key.replace("_", "-")
-                        raise UserError(f"--resume: {flag} is {value}, but the saved run had {state['settings'][key]}")
+                for key, value in settings.given.items():
+                    if state["made"]["settings"][key] != value:
+                        flag, had = "--" + key.replace("_", "-"), state["made"]["settings"][key]
+                        raise UserError(f"--resume: {flag} is {value}, but the saved run had {had}")
+                for name, parent in settings.parents.items():
+                    if state["made"]["parents"].get(name) != parent:
+                        raise UserError(f"--resume: {name} is not the file that the saved run read")
                 for key, part in parts.items():
                     load_whole_state(part, state[key])
                 self.step = state["step"]
@@ -1632,8 +1662,7 @@ class Training:
     def save_state(self) -> None:
         """Writes all that --resume needs."""
         parts = {key: whole_state(part) for key, part in self.parts.items()}
-        content = {"kind": "resume state", "step": self.step, "settings": self.fixed, **parts}
-        save_file(self.settings.state_path, content)
+        save_file(self.settings, self.settings.state_path.name, "resume state", {"step": self.step, **parts})
 
     @property
     def lr(self) -> float:
@@ -1787,6 +1816,8 @@ def main() -> None:
     if policy is not None and settings.context > policy.config.context:
         raise UserError(f"--context {settings.context}: {settings.init} has a context of {policy.config.context}")
     pairs, test = read_pairs(settings, tokenizer)
+    data = fingerprint(pairs.tokens, pairs.lengths, test.tokens, test.lengths)
+    settings.parents = {settings.data: {"data": data, "tokenizer": fingerprint(pairs.tokenizer.state)}}
 
     # 2. A new model has random weights.
     if policy is None:
@@ -1799,8 +1830,8 @@ def main() -> None:
     # 3. Cross-entropy on the chosen responses: a mean over the batch's tokens, however it is cut into passes.
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     training = Training(settings, count_steps(settings, len(pairs)), model=policy, optimizer=optimizer)
-    pairs.save(Path(settings.out) / "pairs.pt")  # not before --resume was found to fit
-    test.save(Path(settings.out) / "test.pt")
+    pairs.save(settings, "pairs.pt")  # not before --resume was found to fit
+    test.save(settings, "test.pt")
     for step in training:
         documents = sft_documents(pairs, batch_indices(len(pairs), settings.batch_size, step, settings.seed))
         tokens = sum(len(response) for _, response in documents)

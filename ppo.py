@@ -41,7 +41,6 @@ from model import (
     mixed_seed,
     pack,
     parse_settings,
-    require_same_tokenizer,
     run_command,
     settle,
     summed,
@@ -229,10 +228,9 @@ def main() -> None:
     settings = parse_settings(Settings, __doc__)
     pairs = load_pairs(settings, settings.data)
     policy, tokenizer = load_model(settings, settings.init, GPT)
-    reference, reference_tokenizer = load_model(settings, settings.reference or settings.init, GPT)
-    reward, reward_tokenizer = load_model(settings, settings.reward, RewardModel)
+    reference, _ = load_model(settings, settings.reference or settings.init, GPT)
+    reward, _ = load_model(settings, settings.reward, RewardModel)
     critic, _ = load_model(settings, settings.reward, RewardModel)
-    require_same_tokenizer(init=tokenizer, reference=reference_tokenizer, reward=reward_tokenizer, data=pairs.tokenizer)
     settle(settings, policy.config.pretrained)
 
     # 2. One optimiser for policy and critic: they share no weights, only the clipped gradient norm.

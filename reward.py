@@ -39,7 +39,6 @@ from model import (
     pack_with_bar,
     parse_settings,
     prepare_model,
-    require_same_tokenizer,
     run_command,
     settle,
     summed,
@@ -139,7 +138,6 @@ def main() -> None:
     device = choose_device(settings)
     pairs, test = load_pairs(settings, settings.data), load_pairs(settings, settings.test)
     policy, tokenizer = load_model(settings, settings.init, GPT, prepare=False)
-    require_same_tokenizer(init=tokenizer, data=pairs.tokenizer, test=test.tokenizer)
     settle(settings, policy.config.pretrained)
     torch.manual_seed(mixed_seed(settings.seed, 0))
     model = prepare_model(RewardModel(policy), settings)

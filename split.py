@@ -14,7 +14,6 @@ Wrong labels gather in hard, whose labels the last stage does not use: PPO takes
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -31,7 +30,6 @@ from model import (
     load_pairs,
     mixed_seed,
     parse_settings,
-    require_same_tokenizer,
     run_command,
     say_next,
 )
@@ -105,8 +103,7 @@ def main() -> None:
     settings = parse_settings(Settings, __doc__)
     device = choose_device(settings)
     pairs = load_pairs(settings, settings.data)
-    model, tokenizer = load_model(settings, settings.init, RewardModel)
-    require_same_tokenizer(init=tokenizer, data=pairs.tokenizer)
+    model, _ = load_model(settings, settings.init, RewardModel)
 
     # 2. Score, and split by the gap.
     pairs.rewards = score_pairs(model, pairs, device)
@@ -122,7 +119,7 @@ def main() -> None:
     for name, which in (("easy", easy), ("hard", ~easy)):
         part = pairs.select(which.nonzero()[:, 0])
         print(describe(name, part))
-        part.save(Path(settings.out) / getattr(settings, name))
+        part.save(settings, getattr(settings, name))
     say_next(settings, [settings.easy, settings.hard], "python dpo.py")
 
 

@@ -721,7 +721,40 @@ def test_a_device_that_is_not_there_is_refused(out, monkeypatch, command, device
 )
 def test_files_of_two_runs_with_different_tokenizers_do_not_mix(out, other, command, flag, names):
     line = complaint(command, out, flag, *(other / name for name in names))
-    assert "tokenizer" in line and flag in line
+    assert "goes with another tokenizer" in line and str(other / names[0]) in line
+
+
+@pytest.mark.parametrize("command, flag, name", [
+    ("reward", "--test", "test.pt"), ("split", "--init", "reward.pt"), ("dpo", "--init", "sft.pt"),
+    ("ppo", "--reference", "sft.pt"), ("evaluate", "--reward", "reward.pt"),
+])  # fmt: skip
+def test_files_of_two_runs_on_different_data_do_not_mix(out, tmp_path, command, flag, name):
+    others = tmp_path / "other"  # the same tokenizer, since the model goes on from the first run's
+    assert not run("model", "--init", out / "sft.pt", "--steps", 0, "--limit", 200, "--out", others).code
+    train("reward", others, "--steps", 0)
+    line = complaint(command, out, flag, others / name)
+    assert "goes with another data" in line and str(others / name) in line
+
+
+def test_every_file_says_what_made_it(toy):
+    made = {path.name: torch.load(path, weights_only=True)["made"] for path in toy.out.glob("*.pt")}
+    assert len({one["data"] for one in made.values()}) == 1 and all(made["ppo.pt"]["data"])
+    parents = {name: set(one["parents"]) for name, one in made.items()}
+    assert parents == {"pairs.pt": {"toy"}, "test.pt": {"toy"}, "sft.pt": {"toy"},
+                       "reward.pt": {"pairs.pt", "test.pt", "sft.pt"}, "easy.pt": {"pairs.pt", "reward.pt"},
+                       "hard.pt": {"pairs.pt", "reward.pt"}, "dpo.pt": {"easy.pt", "sft.pt"},
+                       "ppo.pt": {"hard.pt", "dpo.pt", "reward.pt"}}  # fmt: skip
+    assert made["dpo.pt"]["settings"]["steps"] == 4 and made["dpo.pt"]["settings"]["seed"] == 0
+    assert made["dpo.pt"]["versions"]["torch"] == torch.__version__
+    assert made["ppo.pt"]["parents"]["dpo.pt"]["made"] == model.fingerprint(made["dpo.pt"])
+
+
+def test_resume_after_a_parent_was_made_anew_is_refused(out, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert run("dpo", *CHAIN["dpo"], "--out", out, "--device", "cpu").code == 130
+    train("split", out, "--fraction", 0.4)
+    assert "easy.pt is not the file that the saved run read" in complaint("dpo", out, "--resume", "--device", "cpu")
 
 
 def test_a_vocabulary_of_another_size_does_not_mix_either(out, tmp_path):
@@ -764,6 +797,6 @@ def test_help_names_every_setting_with_a_text(monkeypatch, command):
     assert result.code == 0 and result.err == ""
     options = result.out.partition("\noptions:\n")[2]
     entries = {re.match(r"--[\w-]+", entry)[0]: entry for entry in re.split(r"\n  (?=--)", options)[1:]}
-    for field in dataclasses.fields(importlib.import_module(command).Settings):
+    for field in (field for field in dataclasses.fields(importlib.import_module(command).Settings) if field.init):
         _, text = re.split(r"\s{2,}", entries["--" + field.name.replace("_", "-")], maxsplit=1)
         assert re.search("[a-z]{2,}", text.partition("[")[0]), f"{field.name} has no help"

@@ -144,7 +144,7 @@ def run_dpo(monkeypatch, folder, policy, documents, *flags):
     """Runs the command on nine pairs in batches of four; returns the lines of its log."""
     tokens = torch.cat([torch.cat(document) for document in documents]).int()
     lengths = torch.tensor([[len(part) for part in document] for document in documents])
-    Pairs(tokens, lengths, BYTES, "made up").save(folder / "easy.pt")
+    Pairs(tokens, lengths, BYTES, "made up").save(dpo.Settings(out=str(folder)), "easy.pt")
     save_model(dpo.Settings(out=str(folder), save="sft.pt"), policy, BYTES)
     fixed = ["--out", str(folder), "--device", "cpu", "--batch-size", "4", "--steps", "5"]
     monkeypatch.setattr("sys.argv", ["dpo.py", *fixed, *flags])

@@ -207,7 +207,7 @@ def test_side_by_side_shows_a_policy_whose_answer_is_empty():
 @pytest.mark.parametrize("source", ["toy", "hh"])
 def test_command_writes_every_policy_and_sft_ties_with_itself(monkeypatch, tmp_path, capsys, sft, other, judge, source):
     out = Settings(out=str(tmp_path))
-    make_pairs(source).save(tmp_path / "test.pt")
+    make_pairs(source).save(Settings(out=str(tmp_path)), "test.pt")
     for name, model in (("sft.pt", sft), ("ppo.pt", other), ("reward.pt", judge)):
         out.save = name
         save_model(out, model, BYTES)

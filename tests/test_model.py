@@ -559,12 +559,12 @@ def test_pairs_survive_save_and_load(scored, tmp_path):
     pairs = scored_pairs()
     if not scored:
         pairs.rewards = pairs.gold = None
-    pairs.save(tmp_path / "pairs.pt")
+    pairs.save(Settings(out=str(tmp_path)), "pairs.pt")
     assert_same_pairs(load_pairs(Settings(out=str(tmp_path)), "pairs.pt"), pairs)
 
 
 def test_pairs_without_a_pair_cannot_be_loaded(tmp_path):
-    scored_pairs().select(torch.tensor([], dtype=torch.long)).save(tmp_path / "hard.pt")
+    scored_pairs().select(torch.tensor([], dtype=torch.long)).save(Settings(out=str(tmp_path)), "hard.pt")
     with pytest.raises(UserError, match=r"hard\.pt"):
         load_pairs(Settings(out=str(tmp_path)), "hard.pt")
 
@@ -1058,7 +1058,7 @@ def test_a_model_survives_save_and_load(tied, tmp_path):
 
 def test_a_file_of_another_kind_is_a_user_error(tmp_path, policy, reward_model):
     settings = Settings(out=str(tmp_path), save="some.pt", device="cpu")
-    scored_pairs().save(tmp_path / "pairs.pt")
+    scored_pairs().save(Settings(out=str(tmp_path)), "pairs.pt")
     save_model(settings, reward_model, BYTES)
     for name in ("pairs.pt", "some.pt"):
         with pytest.raises(UserError, match=name.replace(".", r"\.")):

@@ -460,7 +460,7 @@ def run_ppo(monkeypatch, folder, policy, reward_model, documents, *flags):
     """Runs the command for two steps of four prompts; returns the lines of its log."""
     tokens = torch.cat([torch.cat(document) for document in documents]).int()
     lengths = torch.tensor([[len(part) for part in document] for document in documents])
-    Pairs(tokens, lengths, BYTES, "made up").save(folder / "hard.pt")
+    Pairs(tokens, lengths, BYTES, "made up").save(Settings(out=str(folder)), "hard.pt")
     save_model(Settings(out=str(folder), save="dpo.pt"), policy, BYTES)
     save_model(Settings(out=str(folder), save="reward.pt"), reward_model, BYTES)
     fixed = ["--out", str(folder), "--device", "cpu", "--batch-size", "4", "--steps", "2", "--max-new-tokens", "8"]

@@ -121,7 +121,7 @@ def folder(tmp_path, reward_model, documents):
     tokens = torch.cat([torch.cat(document) for document in documents]).int()
     lengths = torch.tensor([[len(part) for part in document] for document in documents])
     gold = torch.arange(9.0)[:, None].expand(9, 2).clone()
-    Pairs(tokens, lengths, BYTES, "toy", None, gold).save(tmp_path / "pairs.pt")
+    Pairs(tokens, lengths, BYTES, "toy", None, gold).save(reward.Settings(out=str(tmp_path)), "pairs.pt")
     save_model(reward.Settings(out=str(tmp_path)), reward_model, BYTES)
     return tmp_path
 

@@ -1196,8 +1196,10 @@ def save_file(settings: CommonSettings, name: str, kind: str, content: dict) -> 
     """Writes `content` to the file `name` in the --out folder with torch.save, whole, and with it what made it."""
     versions = {"format": FORMAT_VERSION, "torch": str(torch.__version__), "python": sys.version.split()[0]}
     data = next((parent["data"] for parent in settings.parents.values()), None)
-    made = {"command": Path(inspect.getfile(type(settings))).name, "settings": settings.given, "data": data, "parents": settings.parents,
-            "versions": versions}  # fmt: skip
+    made = {
+        "command": Path(inspect.getfile(type(settings))).name, "settings": settings.given, "data": data,
+        "parents": settings.parents, "versions": versions,
+    }  # fmt: skip
     content = {"kind": kind, "version": FORMAT_VERSION, "made": made, **content}
     write_whole(Path(settings.out) / name, lambda file: torch.save(content, file))
 

@@ -55,6 +55,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # ---- Settings, the command line and errors ----
@@ -126,6 +127,7 @@ class TrainingSettings(CommonSettings):
     warmup: Share = 0.1  # share of the steps in which the learning rate rises from 0
     decay: Literal["constant", "linear"] = "linear"  # learning rate after the warm-up
     clip: Positive = 1.0  # gradient norm is clipped to this
+    grad_checkpoint: bool = False  # keep one activation per block and compute the rest again: less memory, more time
 
     def __post_init__(self):
         if not self.save.endswith(".pt"):
@@ -938,8 +940,8 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.dim, config.vocabulary, bias=False)
-        self.activations = torch.float32  # dtype of the matrix products; prepare_model may choose bf16
-        self.compiled = False
+        self.activations = torch.float32  # dtype of the matrix products
+        self.compiled = self.checkpointed = False  # prepare_model sets these as the flags say
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:  # outputs of order 1, and less where layers add up in the residual stream
                 into_stream = name.endswith(("output.weight", "down.weight"))
@@ -954,7 +956,9 @@ class GPT(nn.Module):
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.activations == torch.bfloat16):
             x = self.embedding(tokens)
             for index, block in enumerate(self.blocks):
-                if caches is None:
+                if caches is None and self.checkpointed and torch.is_grad_enabled():
+                    x = checkpoint(block, x, rotary, mask, use_reentrant=False, preserve_rng_state=False)
+                elif caches is None:
                     x = block(x, rotary, mask)
                 else:  # past compilation: a cache that grows would have the block compiled again and again
                     x = block.forward(x, rotary, mask, caches[index])
@@ -1281,7 +1285,7 @@ def choose_device(settings: CommonSettings) -> torch.device:
 
 
 def prepare_model(model: nn.Module, settings: CommonSettings) -> nn.Module:
-    """Moves a model to the device, and sets the activations' dtype and compilation as the flags say.
+    """Moves a model to the device, and sets the activations' dtype, compilation and checkpointing as the flags say.
 
     `--dtype auto` takes bf16 where the hardware multiplies it faster: on GPUs that have it, and on CPUs with
     instructions for it when the model is wide enough to pay for the casts.
@@ -1296,6 +1300,7 @@ def prepare_model(model: nn.Module, settings: CommonSettings) -> nn.Module:
     }
     bf16 = settings.dtype == "bf16" or (settings.dtype == "auto" and faster[device.type])
     gpt.activations = torch.bfloat16 if bf16 else torch.float32
+    gpt.checkpointed = isinstance(settings, TrainingSettings) and settings.grad_checkpoint
     gpt.compiled = device.type == "cuda" if settings.compile is None else settings.compile
     if gpt.compiled:
         for block in gpt.blocks:

@@ -231,6 +231,13 @@ def test_a_command_typed_in_the_checkout_works_and_writes_only_to_out(toy, tmp_p
     assert all(after[path] == old for path, old in before.items())
 
 
+@pytest.mark.parametrize("command", TRAINING)
+def test_checkpointed_gradients_are_the_same(toy, out, command):
+    train(command, out, "--grad-checkpoint")
+    for name, tensor in weights(out / CHECKPOINT[command]).items():
+        torch.testing.assert_close(tensor, weights(toy.out / CHECKPOINT[command])[name], rtol=0, atol=1e-6)
+
+
 def test_a_bare_name_is_looked_up_in_out_first_and_then_as_a_path(out):
     shutil.move(out / "easy.pt", "mine.pt")
     train("dpo", out, "--data", "mine.pt")

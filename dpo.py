@@ -30,9 +30,7 @@ from model import (
     Share,
     Training,
     TrainingSettings,
-    batch_indices,
     choose_device,
-    count_steps,
     load_model,
     load_pairs,
     pack,
@@ -103,9 +101,8 @@ def main() -> None:
 
     # 3. Train.
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    training = Training(settings, count_steps(settings, len(pairs)), policy=policy, optimizer=optimizer)
-    for step in training:
-        indices = batch_indices(len(pairs), settings.batch_size, step, settings.seed)
+    training = Training(settings, len(pairs), policy=policy, optimizer=optimizer)
+    for _, indices in training:
         documents, reference_logprobs = [pairs[index] for index in indices], reference[indices]
         logprobs = torch.zeros_like(reference_logprobs)
         for batch in pack(documents, device):

@@ -1271,6 +1271,8 @@ def load_model(settings: CommonSettings, name: str, model_class: type, prepare: 
             model = GPT(Config(**content["config"]))
             if model_class is not GPT:  # a reward model is built around a GPT
                 model = model_class(model)
+        if not all(weight.isfinite().all() for weight in content["weights"].values()):
+            raise UserError(f"{path}: holds weights that are not finite; make it again")
         model.load_state_dict(content["weights"], assign=True)
     return prepare_model(model, settings) if prepare else model, tokenizer
 
@@ -1609,15 +1611,16 @@ def batch_indices(examples: int, batch_size: int, step: int, seed: int) -> list[
 
 
 class Training:
-    """Bookkeeping of a training loop: `for step in training` gives the steps still to do, and does the rest.
+    """Bookkeeping of a training loop: `for step, indices in training` gives the steps still to do and the examples of
+    each step's batch, and does the rest.
 
     The rest: learning rate, log (OUT/<save>.jsonl, one object a step), progress bar, resume states, Ctrl-C. `parts`
     are the models and optimisers that a resume state holds; batches depend on seed and step alone.
     """
 
-    def __init__(self, settings: TrainingSettings, steps: int, **parts):
-        self.settings, self.steps, self.parts, self.step = settings, steps, parts, 0
-        self.stopping = False
+    def __init__(self, settings: TrainingSettings, examples: int, **parts):
+        self.settings, self.examples, self.parts, self.step = settings, examples, parts, 0
+        self.steps, self.indices, self.stopping = count_steps(settings, examples), [], False
         lines = []
         if settings.resume:
             state = load_file(settings.state_path, "resume state")
@@ -1643,8 +1646,9 @@ class Training:
         try:
             with tqdm(total=self.steps, initial=self.step, desc=description, unit="step") as self.bar:
                 while self.step < self.steps:
-                    self.began = time.perf_counter()
-                    yield self.step
+                    self.began, settings = time.perf_counter(), self.settings
+                    self.indices = batch_indices(self.examples, settings.batch_size, self.step, settings.seed)
+                    yield self.step, self.indices
                     self.step += 1
                     self.bar.update()
                     every = self.settings.save_every
@@ -1689,16 +1693,24 @@ class Training:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip)
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-        if not math.isfinite(norm):
-            raise UserError(f"step {self.step}: the gradient is not finite; try a lower --lr")
+        self.require_finite("gradient", norm)
         for group in optimizer.param_groups:
             group["lr"] = self.lr
         optimizer.step()
         optimizer.zero_grad()
         return norm
 
+    def require_finite(self, what: str, *values: float) -> None:
+        """Raises UserError unless all values are finite; nothing is saved then, so the last good state is kept."""
+        if not all(map(math.isfinite, values)):
+            raise UserError(
+                f"step {self.step}: the {what} is not finite, on pairs {' '.join(map(str, sorted(self.indices)))} of "
+                f"--data {self.settings.data}; what was saved before is kept; try a lower --lr"
+            )
+
     def log(self, shown: tuple[str, ...], unit: str, units: int, tokens: int, **metrics: float) -> None:
         """Writes the step's line of the log, and the `shown` metrics beside the bar."""
+        self.require_finite("loss", metrics["loss"])
         seconds = time.perf_counter() - self.began
         if choose_device(self.settings).type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**20
@@ -1836,11 +1848,11 @@ def main() -> None:
 
     # 3. Cross-entropy on the chosen responses: a mean over the batch's tokens, however it is cut into passes.
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    training = Training(settings, count_steps(settings, len(pairs)), model=policy, optimizer=optimizer)
+    training = Training(settings, len(pairs), model=policy, optimizer=optimizer)
     pairs.save(settings, "pairs.pt")  # not before --resume was found to fit
     test.save(settings, "test.pt")
-    for step in training:
-        documents = sft_documents(pairs, batch_indices(len(pairs), settings.batch_size, step, settings.seed))
+    for _, indices in training:
+        documents = sft_documents(pairs, indices)
         tokens = sum(len(response) for _, response in documents)
         loss = torch.zeros((), device=device)
         for batch in pack(documents, device):

@@ -32,8 +32,6 @@ from model import (
     Tokenizer,
     Training,
     TrainingSettings,
-    batch_indices,
-    count_steps,
     generate,
     gold_reward,
     load_model,
@@ -236,12 +234,13 @@ def main() -> None:
     # 2. One optimiser for policy and critic: they share no weights, only the clipped gradient norm.
     parameters = [*policy.parameters(), *critic.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
-    training = Training(settings, count_steps(settings, len(pairs)), policy=policy, critic=critic, optimizer=optimizer)
-    for step in training:
+    training = Training(settings, len(pairs), policy=policy, critic=critic, optimizer=optimizer)
+    for step, indices in training:
         # 3. Sample and score one batch of answers.
-        prompts = [pairs[index][0] for index in batch_indices(len(pairs), settings.batch_size, step, settings.seed)]
+        prompts = [pairs[index][0] for index in indices]
         seed = mixed_seed(settings.seed, step)
         rollout = roll_out(settings, prompts, tokenizer.end, seed, policy, reference, reward, critic)
+        training.require_finite("reward", *rollout.scores.tolist())
         advantages, returns = advantages_and_returns(settings, rollout)
 
         # 4. Several passes over it, each shuffled and cut into minibatches.

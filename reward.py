@@ -29,9 +29,8 @@ from model import (
     Pairs,
     Training,
     TrainingSettings,
-    batch_indices,
+    UserError,
     choose_device,
-    count_steps,
     load_model,
     load_pairs,
     mixed_seed,
@@ -95,7 +94,10 @@ def score_pairs(model: RewardModel, pairs: Pairs, device: torch.device) -> Tenso
     rewards = torch.zeros(len(pairs), 2)
     for batch in pack_with_bar([pairs[index] for index in range(len(pairs))], device, "scoring"):
         rewards[batch.members.cpu()] = model.score(batch).view(-1, 2).cpu()
-    return summed(rewards)
+    rewards = summed(rewards)
+    if len(bad := (~rewards.isfinite().all(1)).nonzero()):
+        raise UserError(f"the rewards of pairs {' '.join(map(str, bad[:, 0].tolist()))} are not finite")
+    return rewards
 
 
 def ranking_accuracy(rewards: Tensor) -> float:
@@ -144,9 +146,9 @@ def main() -> None:
 
     # 2. Bradley-Terry loss; chosen and rejected lie side by side behind one shared prompt.
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    training = Training(settings, count_steps(settings, len(pairs)), model=model, optimizer=optimizer)
-    for step in training:
-        documents = [pairs[index] for index in batch_indices(len(pairs), settings.batch_size, step, settings.seed)]
+    training = Training(settings, len(pairs), model=model, optimizer=optimizer)
+    for _, indices in training:
+        documents = [pairs[index] for index in indices]
         loss, accuracy = torch.zeros(2, device=device)
         for batch in pack(documents, device):
             chosen_rewards, rejected_rewards = model.score(batch).view(-1, 2).unbind(1)

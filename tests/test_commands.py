@@ -454,8 +454,41 @@ def test_a_loss_that_is_not_finite_names_the_step_and_saves_nothing(out):
     before = (out / "dpo.pt").read_bytes()
     result = run("dpo", *CHAIN["dpo"], "--out", out, "--device", "cpu", "--lr", 1e30, "--warmup", 0)
     assert result.code == 2
-    assert re.match(r"dpo\.py: step [123]\b.*not finite", result.err.splitlines()[-1])
+    line = result.err.splitlines()[-1].rpartition("\r")[2]
+    found = re.match(r"dpo\.py: step ([123]): the \w+ is not finite, on pairs ([\d ]+) of --data easy.pt", line)
+    assert sorted(map(int, found[2].split())) == sorted(
+        model.batch_indices(pair_count(out / "easy.pt"), 8, int(found[1]), 0)
+    )
     assert (out / "dpo.pt").read_bytes() == before
+
+
+def pair_count(path):
+    return len(torch.load(path, weights_only=True)["lengths"])
+
+
+def broken_reward(out, value):
+    """Saves a reward model whose rewards are all `value`, though its weights are finite."""
+    content = torch.load(out / "reward.pt", weights_only=True)
+    content["weights"]["head.weight"] *= 0
+    content["weights"]["head.weight"][0, 0] = value
+    torch.save(content, out / "broken.pt")
+
+
+def test_a_reward_that_is_not_finite_stops_before_anything_is_written(out):
+    broken_reward(out, 3e38)  # times a hidden state beyond 1 this overflows
+    assert "the rewards of pairs" in complaint("split", out, "--init", "broken.pt", "--device", "cpu")
+    before = (out / "ppo.pt").read_bytes()
+    result = run("ppo", *CHAIN["ppo"], "--out", out, "--device", "cpu", "--reward", "broken.pt")
+    assert result.code == 2 and "step 0: the reward is not finite, on pairs " in result.err
+    assert (out / "ppo.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("command, name", [("reward", "sft.pt"), ("ppo", "reward.pt"), ("evaluate", "ppo.pt")])
+def test_weights_that_are_not_finite_are_refused(out, command, name):
+    content = torch.load(out / name, weights_only=True)
+    content["weights"]["trunk.norm.weight" if name == "reward.pt" else "norm.weight"][3] = math.nan
+    torch.save(content, out / name)
+    assert f"{name}: holds weights that are not finite" in complaint(command, out)
 
 
 # ---- Mistakes: one line on stderr, exit code 2, no file touched ----

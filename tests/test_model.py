@@ -1135,7 +1135,7 @@ def test_a_failed_write_leaves_the_previous_file_whole(tmp_path, policy, monkeyp
 
 
 def learning_rates(tmp_path, steps, **flags):
-    training = Training(Settings(out=str(tmp_path), lr=2.0, **flags), steps)
+    training = Training(Settings(out=str(tmp_path), lr=2.0, steps=steps, **flags), 1)
     rates = []
     for training.step in range(steps):
         rates.append(training.lr)
@@ -1188,7 +1188,7 @@ def test_optimizer_step_by_hand(tmp_path):
     """The gradient (3, 4) has norm 5 and is clipped to (0.6, 0.8); the first of two warm-up steps has rate 0.5."""
     weight = nn.Parameter(torch.tensor([1.0, 1.0]))
     optimizer = torch.optim.SGD([weight], lr=123.0)
-    training = Training(Settings(out=str(tmp_path), lr=1.0, warmup=0.5, clip=1.0), 4)
+    training = Training(Settings(out=str(tmp_path), lr=1.0, warmup=0.5, clip=1.0, steps=4), 1)
     weight.grad = torch.tensor([3.0, 4.0])
     assert training.optimizer_step(optimizer) == pytest.approx(5.0)
     close(weight.detach(), torch.tensor([0.7, 0.6]))
@@ -1200,14 +1200,22 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad, tmp_path):
     layer = nn.Linear(3, 2)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     optimizer = torch.optim.AdamW(layer.parameters())
-    training = Training(Settings(out=str(tmp_path)), 10)
-    training.step = 7
+    training = Training(Settings(out=str(tmp_path), steps=10), 1)
+    training.step, training.indices = 7, [31, 4]
     layer(torch.ones(1, 3)).sum().backward()
     layer.weight.grad[1, 2] = bad
-    with pytest.raises(UserError, match="step 7"):
+    with pytest.raises(UserError, match="step 7: the gradient is not finite, on pairs 4 31 of --data toy"):
         training.optimizer_step(optimizer)
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_not_logged(bad, tmp_path):
+    training = Training(Settings(out=str(tmp_path), steps=10), 1)
+    with pytest.raises(UserError, match="step 0: the loss is not finite"):
+        training.log(("loss",), "pairs", 1, 1, loss=bad)
+    assert (tmp_path / "sft.jsonl").read_text() == ""
 
 
 def test_count_steps():

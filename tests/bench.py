@@ -1,0 +1,422 @@
+"""How fast each stage is, beside the same work written the plain way and done by TRL and transformers.
+
+    python tests/bench.py                                     # everything, in fp32 and bf16
+    python tests/bench.py --work dpo kernel --dtypes bf16     # some of it
+    python tests/bench.py --data my_pairs.jsonl               # lengths of real pairs instead of drawn ones
+    python tests/bench.py --scaling                           # how time and memory grow
+
+Three ways of doing one work, on the same weights, token ids, batches, optimiser and steps:
+
+    ours    the stage's own main
+    plain   padded batches in which each response carries its own prompt, whole logits, a second model as the reference,
+            generation that computes everything again for each token; written here
+    trl     TRL's trainers and transformers' generate, where they are installed (PPO: a TRL that still has it)
+
+Every measurement is a process of its own; memory is the peak of that process, and `beyond` what of it came on top of
+the libraries. Losses are printed side by side: they show that the same thing is computed. Machines are noisy: only
+ratios within one run count, and each is the middle of --repeats runs.
+"""
+
+import argparse
+import importlib
+import itertools
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import model
+from model import (  # fmt: skip
+    GPT,
+    Config,
+    Pairs,
+    Tokenizer,
+    batch_indices,
+    export_model,
+    generate,
+    load_model,
+    load_pairs,
+    save_model,
+    settle,
+    token_logprobs,
+)
+from reward import RewardModel, bradley_terry_loss
+
+SHAPES = {  # vocabulary, width, blocks, heads, key-value heads, MLP width
+    "tiny": (2048, 128, 3, 4, 2, 352),
+    "19m": (16384, 384, 8, 6, 2, 1024),
+    "135m": (49152, 576, 30, 9, 3, 1536),
+}
+WORKS = ("kernel", "sft", "reward", "dpo", "generate", "ppo")
+UNITS = {"kernel": "tokens/s", "generate": "tokens/s", "ppo": "episodes/s"}  # else pairs/s
+LR = 1e-5
+PPO = {"prompts": 32, "new_tokens": 64, "epochs": 4, "minibatch": 32}
+
+
+# ---- What is measured: a folder with pairs.pt, sft.pt, reward.pt and both models exported ----
+
+
+def prepare(folder: Path, arguments: argparse.Namespace) -> None:
+    """Writes the files that every way reads."""
+    vocabulary, *shape = SHAPES[arguments.shape]
+    generator = torch.Generator().manual_seed(0)
+    count = arguments.batch_size * arguments.steps
+    if arguments.data:
+        settings = model.Settings(data=arguments.data, limit=4 * count, test_share=0.01)
+        settle(settings, pretrained=False)
+        lengths = model.read_pairs(settings)[0].lengths[:count]
+    else:  # drawn like the lengths of HH-RLHF's harmless pairs: on average 94, 31 and 38 tokens
+        means, spreads = torch.tensor([75.0, 24.0, 28.0]).log(), torch.tensor([0.65, 0.7, 0.75])
+        lengths = (means + spreads * torch.randn(count, 3, generator=generator)).exp().long()
+        lengths = lengths.clamp(torch.tensor([8, 2, 2]), torch.tensor([341, 128, 128]))
+    tokens = torch.randint(0, vocabulary - 2, (int(lengths.sum()),), generator=generator, dtype=torch.int32)
+    # One byte a token, the rest of the vocabulary without a text: nothing here is ever decoded.
+    text = [chr(byte) for byte in range(256)] + [None] * (vocabulary - 258)
+    special = {"<pad>": vocabulary - 2, "<end>": vocabulary - 1}
+    tokenizer = Tokenizer(text, r"[\s\S]", special, vocabulary - 1)
+    ends = lengths.cumsum(1) + (lengths.sum(1).cumsum(0) - lengths.sum(1))[:, None] - 1
+    tokens[ends[:, 1:].flatten()] = tokenizer.end
+    torch.manual_seed(0)
+    policy = GPT(Config(vocabulary, *shape, context=1024))
+    settings = model.Settings(out=str(folder))
+    Pairs(tokens, lengths, tokenizer, "bench").save(settings, "pairs.pt")
+    Pairs(tokens[: int(lengths[:2].sum())], lengths[:2], tokenizer, "bench").save(settings, "test.pt")
+    save_model(settings, policy, tokenizer)
+    torch.manual_seed(model.mixed_seed(0, 0))  # as reward.py seeds its head
+    settings.save = "reward.pt"
+    save_model(settings, RewardModel(policy), tokenizer)
+    if importlib.util.find_spec("transformers"):
+        for name in ("sft", "reward"):
+            export_model(folder / f"{name}.pt", folder / name)
+
+
+def batches(pairs: Pairs, arguments: argparse.Namespace) -> list[list[tuple]]:
+    """The pairs of each step, as the stages draw them."""
+    return [
+        [pairs[index] for index in batch_indices(len(pairs), arguments.batch_size, step, 0)]
+        for step in range(arguments.steps)
+    ]
+
+
+# ---- Ours: the stages' own mains ----
+
+
+def ours(work: str, folder: Path, arguments: argparse.Namespace) -> dict:
+    """Runs the stage; the clock runs from when its files are loaded to when it saves."""
+    common = f"--out {folder} --device cpu --dtype {arguments.dtype} --save {work}_ours.pt --seed 0".split()
+    training = f"--lr {LR} --warmup 0 --decay constant --steps {arguments.steps}".split()
+    flags = {
+        "reward": ["--batch-size", str(arguments.batch_size)],
+        "dpo": ["--batch-size", str(arguments.batch_size), "--data", "pairs.pt"],
+        "ppo": f"--batch-size {PPO['prompts']} --ppo-epochs {PPO['epochs']} --minibatch-size {PPO['minibatch']}"
+               f" --max-new-tokens {PPO['new_tokens']} --data pairs.pt --init sft.pt".split(),
+    }  # fmt: skip
+    stage, clock = importlib.import_module(work), {}
+
+    def timed_settle(*given):
+        clock["start"] = time.perf_counter()
+        settle(*given)
+
+    stage.settle = timed_settle
+    model.Training.finish = lambda *given: clock.setdefault("end", time.perf_counter())
+    if work == "reward":  # the shift and the report are not training
+        stage.score_pairs = lambda *given: clock.setdefault("end", time.perf_counter()) and torch.zeros(1, 2)
+        stage.report = lambda *given: None
+    sys.argv = [f"{work}.py", *common, *training, *flags[work]]
+    with open(os.devnull, "w") as nowhere:
+        sys.stdout, sys.stderr, out, err = nowhere, nowhere, sys.stdout, sys.stderr
+        stage.main()
+        sys.stdout, sys.stderr = out, err
+    losses = [json.loads(line)["loss"] for line in (folder / f"{work}_ours.jsonl").read_text().splitlines()]
+    units = arguments.steps * (PPO["prompts"] if work == "ppo" else arguments.batch_size)
+    return {"seconds": clock["end"] - clock["start"], "units": units, "losses": losses}
+
+
+def ours_sft(folder: Path, arguments: argparse.Namespace) -> dict:
+    """SFT's loop, whose main would read text."""
+    settings = model.Settings(out=str(folder), dtype=arguments.dtype, save="sft_ours.pt", lr=LR, warmup=0.0,
+                              decay="constant", steps=arguments.steps, batch_size=arguments.batch_size)  # fmt: skip
+    pairs, (policy, _) = load_pairs(settings, "pairs.pt"), load_model(settings, "sft.pt", GPT)
+    start, losses, device = time.perf_counter(), [], torch.device("cpu")
+    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    training = model.Training(settings, len(pairs), model=policy, optimizer=optimizer)
+    for _, indices in training:
+        documents = model.sft_documents(pairs, indices)
+        tokens, loss = sum(len(response) for _, response in documents), 0.0
+        for batch in model.pack(documents, device):
+            batch_loss = -policy.logprobs(batch)[0].sum() / tokens
+            batch_loss.backward()
+            loss += batch_loss.item()
+        training.optimizer_step(optimizer)
+        losses.append(loss)
+    return {"seconds": time.perf_counter() - start, "units": len(losses) * arguments.batch_size, "losses": losses}
+
+
+# ---- Plain: padded, unshared, whole logits ----
+
+
+def padded(sequences: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(tokens, positions, mask) of a batch padded on the right."""
+    tokens = pad_sequence(sequences, batch_first=True)
+    length = tokens.shape[1]
+    real = torch.arange(length) < torch.tensor([len(sequence) for sequence in sequences])[:, None]
+    mask = torch.ones(length, length, dtype=torch.bool).tril() & real[:, None, None, :]
+    return tokens, torch.arange(length).expand_as(tokens), mask
+
+
+def plain_hidden(gpt: GPT, sequences: list[torch.Tensor]) -> torch.Tensor:
+    return gpt(*padded(sequences))
+
+
+def plain_logprobs(gpt: GPT, prompts: list[torch.Tensor], responses: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Log-probs of each response's tokens, out of the whole [B, T, V] logits."""
+    sequences = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
+    hidden = plain_hidden(gpt, sequences)
+    logits = (hidden.to(gpt.activations) @ gpt.vocabulary_weight.to(gpt.activations).T).float()
+    tokens = pad_sequence(sequences, batch_first=True)
+    logprobs = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    return [
+        row[len(prompt) - 1 : len(prompt) + len(response) - 1]
+        for row, prompt, response in zip(logprobs, prompts, responses, strict=True)
+    ]
+
+
+def plain(work: str, folder: Path, arguments: argparse.Namespace) -> dict:
+    settings = model.Settings(out=str(folder), dtype=arguments.dtype)
+    pairs, (policy, _) = load_pairs(settings, "pairs.pt"), load_model(settings, "sft.pt", GPT)
+    reference = load_model(settings, "sft.pt", GPT)[0] if work == "dpo" else None
+    trained = load_model(settings, "reward.pt", RewardModel)[0] if work == "reward" else policy
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    start, losses = time.perf_counter(), []
+    for batch in batches(pairs, arguments):
+        prompts, chosen, rejected = (list(side) for side in zip(*batch, strict=True))
+        if work == "sft":
+            loss = -torch.cat(plain_logprobs(policy, prompts, chosen)).mean()
+        elif work == "reward":
+            sequences = [torch.cat(pair) for pair in zip(prompts * 2, chosen + rejected, strict=True)]
+            last = torch.tensor([len(sequence) - 1 for sequence in sequences])
+            hidden = plain_hidden(trained.trunk, sequences)[torch.arange(len(last)), last]
+            loss = bradley_terry_loss(*trained.head(hidden.float()).view(2, -1)).mean()
+        else:
+            both = prompts * 2, chosen + rejected
+            sums = torch.stack([one.sum() for one in plain_logprobs(policy, *both)]).view(2, -1)
+            with torch.no_grad():
+                theirs = torch.stack([one.sum() for one in plain_logprobs(reference, *both)]).view(2, -1)
+            logratios = sums - theirs
+            loss = -F.logsigmoid(0.1 * (logratios[0] - logratios[1])).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return {"seconds": time.perf_counter() - start, "units": len(pairs), "losses": losses}
+
+
+# ---- TRL and transformers ----
+
+
+def trl(work: str, folder: Path, arguments: argparse.Namespace) -> dict:
+    import datasets
+    import transformers
+    import trl
+
+    settings = model.Settings(out=str(folder))
+    pairs = load_pairs(settings, "pairs.pt")
+    rows = [[part.tolist() for part in pair] for batch in batches(pairs, arguments) for pair in batch]
+    common = {"output_dir": str(folder / "trl"), "per_device_train_batch_size": arguments.batch_size, "report_to": [],
+              "max_steps": arguments.steps, "learning_rate": LR, "lr_scheduler_type": "constant", "weight_decay": 0.0,
+              "adam_beta2": 0.95, "max_grad_norm": 1.0, "logging_steps": 1, "save_strategy": "no", "use_cpu": True,
+              "disable_tqdm": True, "gradient_checkpointing": False, "bf16": arguments.dtype == "bf16",
+              "max_length": 1024}  # fmt: skip
+    trainers = {
+        "sft": (trl.SFTTrainer, trl.SFTConfig, {"completion_only_loss": True}),
+        "reward": (trl.RewardTrainer, trl.RewardConfig, {}),
+        "dpo": (trl.DPOTrainer, trl.DPOConfig, {"beta": 0.1}),
+    }
+    columns = {
+        "sft": lambda p, c, r: {"input_ids": p + c, "completion_mask": [0] * len(p) + [1] * len(c)},
+        "reward": lambda p, c, r: {"chosen_ids": p + c, "rejected_ids": p + r},
+        "dpo": lambda p, c, r: {"prompt_ids": p, "chosen_ids": c, "rejected_ids": r},
+    }
+    kind = transformers.AutoModelForSequenceClassification if work == "reward" else transformers.AutoModelForCausalLM
+    name = "reward" if work == "reward" else "sft"
+    loaded = kind.from_pretrained(folder / name, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / name)
+    tokenizer.pad_token = "<pad>"
+    trainer_class, config_class, more = trainers[work]
+
+    class InOrder(trainer_class):
+        """The given token ids as they are, in the order of the other ways."""
+
+        def _prepare_dataset(self, dataset, *given, **more):
+            return dataset
+
+        def _get_train_sampler(self, *given):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    config = config_class(**common, **more)
+    dataset = datasets.Dataset.from_list([columns[work](*row) for row in rows])
+    trainer = InOrder(model=loaded, args=config, train_dataset=dataset, processing_class=tokenizer)
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"seconds": seconds, "units": len(rows), "losses": losses}
+
+
+# ---- Generation, the kernel ----
+
+
+@torch.no_grad()
+def generation(way: str, folder: Path, arguments: argparse.Namespace) -> dict:
+    """32 prompts × 64 new tokens, none of which ends a response."""
+    settings = model.Settings(out=str(folder), dtype=arguments.dtype)
+    pairs, (policy, _) = load_pairs(settings, "pairs.pt"), load_model(settings, "sft.pt", GPT)
+    prompts, new = [pairs[index][0] for index in range(32)], 64
+    if way == "trl":
+        import transformers
+
+        kind = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "sft", dtype=kind)
+        width = max(map(len, prompts))
+        tokens = torch.stack([F.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
+        mask = torch.stack([F.pad(torch.ones_like(prompt), (width - len(prompt), 0)) for prompt in prompts])
+        start = time.perf_counter()
+        theirs.generate(input_ids=tokens, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0, eos_token_id=None,
+                        max_new_tokens=new, min_new_tokens=new, pad_token_id=0)  # fmt: skip
+    elif way == "ours":
+        start = time.perf_counter()
+        generate(policy, prompts, -1, new)
+    else:
+        start, sequences = time.perf_counter(), list(prompts)
+        for _ in range(new):
+            hidden = plain_hidden(policy, sequences)
+            last = torch.stack([row[len(one) - 1] for row, one in zip(hidden, sequences, strict=True)])
+            logits = (last.to(policy.activations) @ policy.vocabulary_weight.to(policy.activations).T).float()
+            drawn = torch.multinomial(logits.softmax(-1), 1)
+            sequences = [torch.cat(pair) for pair in zip(sequences, drawn, strict=True)]
+    return {"seconds": time.perf_counter() - start, "units": len(prompts) * new, "losses": []}
+
+
+def kernel(way: str, folder: Path, arguments: argparse.Namespace) -> dict:
+    """4,096 tokens, 576 wide, 49,152 vocabulary, forward and backward."""
+    torch.manual_seed(0)
+    kind = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
+    hidden = torch.randn(4096, 576).to(kind).requires_grad_()
+    weight = (torch.randn(49152, 576) / 24).requires_grad_()
+    targets = torch.randint(0, 49152, (4096,))
+
+    def once() -> torch.Tensor:
+        if way == "plain":
+            logits = (hidden @ weight.to(kind).T).float()
+            loss = -logits.log_softmax(-1).gather(-1, targets[:, None]).mean()
+        elif way == "trl":
+            options = torch.nn.LinearCrossEntropyOptions(chunking_method="auto")
+            loss = F.linear_cross_entropy(hidden, weight.to(kind), targets, options=options)
+        else:
+            loss = -token_logprobs(hidden, weight, targets, compiled=arguments.compile)[0].mean()
+        loss.backward()
+        return loss
+
+    if arguments.compile and way == "ours":
+        once()  # compilation, once a process, is not the kernel's time
+    hidden.grad = weight.grad = None
+    start = time.perf_counter()
+    loss = once()
+    return {"seconds": time.perf_counter() - start, "units": 4096, "losses": [loss.item(), hidden.grad.float().norm()]}
+
+
+# ---- Measuring ----
+
+
+def measure(work: str, way: str, folder: Path, arguments: argparse.Namespace) -> dict:
+    """One measurement, in this process."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if work == "generate":
+        result = generation(way, folder, arguments)
+    elif work == "kernel":
+        result = kernel(way, folder, arguments)
+    elif way == "ours":
+        result = ours_sft(folder, arguments) if work == "sft" else ours(work, folder, arguments)
+    else:
+        result = {"plain": plain, "trl": trl}[way](work, folder, arguments)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result["losses"] = [float(loss) for loss in result["losses"]]
+    return {**result, "peak_mb": peak / 1024, "beyond_mb": (peak - before) / 1024}
+
+
+def in_a_process(work: str, way: str, dtype: str, folder: Path, flags: list[str]) -> dict | None:
+    """The same in a process of its own; None, with the reason printed, if it fails."""
+    command = [sys.executable, __file__, *flags, "--one", work, way, str(folder), "--dtypes", dtype]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        print(f"  {work} {dtype} {way}: {(done.stderr.strip() or 'failed').splitlines()[-1][:150]}")
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(arguments: argparse.Namespace, flags: list[str]) -> None:
+    """Prints the table."""
+    libraries = importlib.util.find_spec("trl") and importlib.util.find_spec("transformers")
+    print(f"{arguments.shape}, {arguments.batch_size} pairs a step, {arguments.steps} steps, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}, middle of {arguments.repeats}")  # fmt: skip
+    print(f"{'work':10s} {'dtype':5s} {'way':6s} {'speed':>20s} {'ours is':>9s} {'peak':>8s} {'beyond':>8s}  losses")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with open(os.devnull, "w") as nowhere:
+            out, sys.stdout = sys.stdout, nowhere
+            prepare(folder, arguments)
+            sys.stdout = out
+        for work, dtype in itertools.product(arguments.work, arguments.dtypes):
+            ways = [way for way in arguments.ways if way != "plain" or work != "ppo"]
+            ways = [way for way in ways if way != "trl" or work == "kernel" or (libraries and work != "ppo")]
+            runs = {way: [] for way in ways}
+            for _ in range(arguments.repeats):
+                for way in ways:  # in turn, so that a slow minute of the machine hits all
+                    if result := in_a_process(work, way, dtype, folder, flags):
+                        runs[way].append(result)
+            speeds = {
+                way: statistics.median(r["units"] / r["seconds"] for r in done) for way, done in runs.items() if done
+            }
+            for way in speeds:
+                last = runs[way][-1]
+                ratio = f"{speeds['ours'] / speeds[way]:8.2f}×" if "ours" in speeds else ""
+                losses = " ".join(f"{loss:.4f}" for loss in last["losses"][:3] + last["losses"][3:][-1:])
+                speed = f"{speeds[way]:.2f} {UNITS.get(work, 'pairs/s')}"
+                print(f"{work:10s} {dtype:5s} {way:6s} {speed:>20s} {ratio:>9s} {last['peak_mb']:6.0f}MB "
+                      f"{last['beyond_mb']:6.0f}MB  {losses}", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", nargs="+", choices=WORKS, default=list(WORKS))
+    parser.add_argument("--ways", nargs="+", choices=("ours", "plain", "trl"), default=["ours", "plain", "trl"])
+    parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--shape", choices=SHAPES, default="19m")
+    parser.add_argument("--batch-size", type=int, default=16, help="pairs a step")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--data", help="rows whose lengths are taken; default: lengths drawn like those of HH-RLHF")
+    parser.add_argument("--compile", action="store_true", help="compile our log-prob kernel")
+    parser.add_argument("--one", nargs=3, metavar=("WORK", "WAY", "FOLDER"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    arguments.dtype = arguments.dtypes[0]
+    if arguments.one:
+        work, way, folder = arguments.one
+        print(json.dumps(measure(work, way, Path(folder), arguments)))
+    else:
+        compare(arguments, list(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -342,9 +342,13 @@ class Tokenizer:
         self.encoding = tiktoken.Encoding("mpo", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without the tokens that open a prompt and close a response."""
+        """Token ids of `text`, without the tokens that open a prompt and close a response. Raises UserError at a text
+        that the word pattern fails on: a million spaces in a row."""
         text = unicodedata.normalize(self.normal, text) if self.normal else text
-        ids = self.encoding.encode(text, allowed_special=set(self.in_text), disallowed_special=())
+        try:
+            ids = self.encoding.encode(text, allowed_special=set(self.in_text), disallowed_special=())
+        except ValueError as error:
+            raise UserError(f"a text of {len(text)} characters cannot be tokenised ({error})") from error
         return [token for token in ids if token < self.size]
 
     def decode(self, ids: list[int]) -> str:
@@ -653,10 +657,13 @@ class PairsBuilder:
         self.rows += 1
         problem = row_problem(row)
         if problem is None:
-            prompt = self.tokenizer.encode(row[0])
-            chosen, rejected = ([*self.tokenizer.encode(text), self.tokenizer.end] for text in row[2:])
-            if max(len(chosen), len(rejected)) > self.max_response:
-                problem = f"dropped: response over {self.max_response} tokens"
+            try:
+                prompt = self.tokenizer.encode(row[0])
+                chosen, rejected = ([*self.tokenizer.encode(text), self.tokenizer.end] for text in row[2:])
+                if max(len(chosen), len(rejected)) > self.max_response:
+                    problem = f"dropped: response over {self.max_response} tokens"
+            except UserError:
+                problem = "dropped: cannot be tokenised"
         if problem is not None:
             self.counts[problem] += 1
             return
@@ -953,7 +960,7 @@ class GPT(nn.Module):
         frequencies = rotary_frequencies(self.config, tokens.device)
         angle = positions[:, None, :, None] * frequencies  # (rows, 1, length, head_dim / 2)
         rotary = angle.cos(), angle.sin()
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.activations == torch.bfloat16):
+        with self.precision():
             x = self.embedding(tokens)
             for index, block in enumerate(self.blocks):
                 if caches is None and self.checkpointed and torch.is_grad_enabled():
@@ -963,6 +970,11 @@ class GPT(nn.Module):
                 else:  # past compilation: a cache that grows would have the block compiled again and again
                     x = block.forward(x, rotary, mask, caches[index])
             return self.norm(x)
+
+    def precision(self) -> torch.autocast:
+        """The context in which matrix products have the activations' dtype; it casts each weight once."""
+        device = self.embedding.weight.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.activations == torch.bfloat16)
 
     @property
     def vocabulary_weight(self) -> Tensor:
@@ -1116,7 +1128,7 @@ def generate(
     rank, size = processes()
     by_length = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))[rank::size]
     tokens = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long)
-    with gathered(model):
+    with gathered(model), model.precision():  # around all steps, or every token would cast every weight anew
         for start in range(0, len(by_length), 256):  # prompts of like length together: less of the cache lies empty
             indices = by_length[start : start + 256]
             some = [prompts[index] for index in indices]
@@ -1141,11 +1153,12 @@ def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperatu
     steps = noise.shape[1]
     caches = [LayerCache(model.config, len(prompts), width + steps, model.activations, slots) for _ in model.blocks]
     hidden = model(batch.tokens, batch.positions, batch.mask, caches).flatten(0, 1)[batch.last]
+    head = model.vocabulary_weight.to(model.activations).T
     output = torch.full((len(prompts), steps), end, device=device)
     live, noise, lengths = order, noise.to(device), lengths[order]
     columns = torch.arange(width + steps, device=device)
     for step in range(steps):
-        logits = hidden.to(model.activations) @ model.vocabulary_weight.to(model.activations).T
+        logits = hidden.to(head.dtype) @ head
         tokens = sample(logits, noise[live, step], temperature)
         if step > 0:
             tokens = torch.where(output[live, step - 1] == end, end, tokens)
@@ -1362,7 +1375,7 @@ def import_model(folder: Path) -> tuple[GPT, Tokenizer]:
     files = ["model.safetensors"]
     if index.is_file():
         with reading(index):
-            files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            files = sorted({Path(file) for file in json.loads(index.read_text("utf-8"))["weight_map"].values()})
     for path in (folder / file for file in files):
         if not path.is_file():
             raise UserError(f"{path}: no such file; weights are read from model.safetensors or the shards of its index")
@@ -1397,29 +1410,33 @@ def import_config(path: Path) -> Config:
         raise UserError(f"{path}: no such file; a Hugging Face folder has one")
     with reading(path):
         given = json.loads(path.read_text("utf-8"))
-        dim, heads = given["hidden_size"], given["num_attention_heads"]
         rope = {"rope_theta": given.get("rope_theta", 10000.0), **(given.get("rope_scaling") or {})}
         rope |= given.get("rope_parameters") or {}  # where transformers 5 keeps both
-        kind = rope.get("rope_type", rope.get("type", "default"))
+        names = "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
+        vocabulary, dim, layers, heads, mlp = counts = [given[name] for name in names]
+        kv_heads, context = given.get("num_key_value_heads") or heads, given.get("max_position_embeddings", 2048)
+        if not all(type(count) is int and count > 0 for count in (*counts, kv_heads, context)):
+            raise UserError(f"{path}: the model's shape is not given in whole numbers from 1 up")
+        if dim % (2 * heads) or heads % kv_heads:
+            shape = f"hidden_size {dim}, num_attention_heads {heads} and num_key_value_heads {kv_heads}"
+            raise UserError(f"{path}: {shape} do not make heads of one even size that share keys evenly")
         only = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
                 "attention_dropout": 0, "head_dim": dim // heads, "partial_rotary_factor": 1, "sliding_window": None,
                 "quantization_config": None, "rope_interleaved": False}  # fmt: skip
         for name, value in only.items():
-            if {**rope, **given}.get(name) not in (value, None):
-                raise UserError(f"{path}: {name} {given.get(name)!r} is not supported, only {value!r}")
-        if kind not in ("default", "llama3"):
-            raise UserError(f"{path}: rotary scaling of type {kind!r} is not supported, only 'llama3'")
-        if dim % (2 * heads):
-            raise UserError(f"{path}: hidden_size {dim} is not a multiple of twice num_attention_heads {heads}")
-        context = given.get("max_position_embeddings", 2048)
-        scaling = None
+            if (found := {**rope, **given}.get(name)) not in (value, None):
+                raise UserError(f"{path}: {name} {found!r} is not supported, only {value!r}")
+        kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
         if kind == "llama3":
-            scaling = {name: {"original_max_position_embeddings": context, **rope}[name] for name in LLAMA3_SCALING}
-        return Config(
-            given["vocab_size"], dim, given["num_hidden_layers"], heads, given.get("num_key_value_heads") or heads,
-            given["intermediate_size"], context, float(rope["rope_theta"]), scaling, given.get("rms_norm_eps", 1e-6),
-            given.get("tie_word_embeddings", False), pretrained=True,
-        )  # fmt: skip
+            original = {"original_max_position_embeddings": context}
+            scaling = {name: {**original, **rope}[name] for name in LLAMA3_SCALING}
+            if scaling["factor"] <= 0 or scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+                raise UserError(f"{path}: factor, low_freq_factor and high_freq_factor make no sense: {scaling}")
+        elif kind != "default":
+            raise UserError(f"{path}: rotary scaling of type {kind!r} is not supported, only 'llama3'")
+        theta, epsilon = float(rope["rope_theta"]), float(given.get("rms_norm_eps", 1e-6))
+        tied = bool(given.get("tie_word_embeddings", False))
+        return Config(vocabulary, dim, layers, heads, kv_heads, mlp, context, theta, scaling, epsilon, tied, True)
 
 
 def byte_symbols() -> dict[str, int]:
@@ -1431,46 +1448,61 @@ def byte_symbols() -> dict[str, int]:
 
 def import_tokenizer(folder: Path) -> Tokenizer:
     """The byte-level BPE of tokenizer.json, with the same ids. Raises UserError at any other kind of tokenizer."""
-    path, config_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    path = folder / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file; a Hugging Face folder with a fast tokenizer has one")
     with reading(path):
         given = json.loads(path.read_text("utf-8"))
-        model, symbols, normalizer = given["model"], byte_symbols(), given.get("normalizer") or {}
-        only = {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                "byte_fallback": False}  # fmt: skip
-        for name, value in only.items():
-            if (model.get(name) or None) != (value or None):
-                raise UserError(f"{path}: {name} {model[name]!r} is not supported, only byte-level BPE")
-        if normalizer.get("type") not in (None, "NFC", "NFD", "NFKC", "NFKD"):
-            raise UserError(f"{path}: normalizer {normalizer['type']} is not supported")
         special = {token["content"]: token["id"] for token in given["added_tokens"]}
         in_text = [token["content"] for token in given["added_tokens"] if not token["special"]]
-        tokens = [None] * (max(model["vocab"].values()) + 1)
-        for token, number in model["vocab"].items():
+        normal = (given.get("normalizer") or {}).get("type")
+        if problem := tokenizer_problem(given, special, in_text):
+            raise UserError(f"{path}: {problem} is not supported, only byte-level BPE as in Llama 3 or GPT-2")
+        vocabulary, symbols = given["model"]["vocab"], byte_symbols()
+        tokens = [None] * (max(vocabulary.values()) + 1)
+        for token, number in vocabulary.items():
             if token not in special:
-                if not set(token) <= symbols.keys():
-                    raise UserError(f"{path}: token {token!r} is not spelled in bytes, as byte-level BPE does")
                 tokens[number] = bytes(symbols[symbol] for symbol in token).decode("latin-1")
-        made = [model["vocab"]["".join(pair.split(" ") if isinstance(pair, str) else pair)] for pair in model["merges"]]
-        if (firsts := list(dict.fromkeys(made))) != sorted(firsts):
-            raise UserError(f"{path}: merges that are not in the order of their tokens' ids are not supported")
-        begin = opening_tokens(given.get("post_processor") or {})
-        end = None
-        if config_path.is_file():
-            end = json.loads(config_path.read_text("utf-8")).get("eos_token")
-            end = special.get(end["content"] if isinstance(end, dict) else end)
-        if end is None:
-            end = json.loads((folder / "config.json").read_text("utf-8")).get("eos_token_id")
-            end = end[0] if isinstance(end, list) else end
-        if end not in special.values():
-            raise UserError(f"{folder}: neither tokenizer_config.json nor config.json names an end-of-text token")
-        return Tokenizer(tokens, word_pattern(path, given), special, end, begin, in_text, normalizer.get("type"))
+        pattern, begin = word_pattern(given["pre_tokenizer"]), opening_tokens(given.get("post_processor") or {})
+        return Tokenizer(tokens, pattern, special, find_end(folder, special), begin, in_text, normal)
 
 
-def word_pattern(path: Path, given: dict) -> str:
-    """The one regular expression that cuts texts as the pre-tokenizer of a tokenizer.json does."""
-    steps = given["pre_tokenizer"].get("pretokenizers", [given["pre_tokenizer"]])
+def tokenizer_problem(given: dict, special: dict[str, int], in_text: list[str]) -> str | None:
+    """What in a tokenizer.json would give other ids than tiktoken's merging by rank; None if nothing does."""
+    model, normal, symbols = given["model"], (given.get("normalizer") or {}).get("type"), byte_symbols()
+    only = {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+            "byte_fallback": False}  # fmt: skip
+    for name, value in only.items():
+        if (model.get(name) or None) != (value or None):
+            return f"{name} {model[name]!r}"
+    if normal not in (None, "NFC", "NFD", "NFKC", "NFKD"):
+        return f"normalizer {normal}"
+    if word_pattern(given["pre_tokenizer"]) is None:
+        return "pre-tokenizer " + json.dumps(given["pre_tokenizer"])[:200]
+    if opening_tokens(given.get("post_processor") or {}) is None:
+        return "post-processor " + json.dumps(given["post_processor"])[:200]
+    for token in given["added_tokens"]:
+        if token["content"] in in_text and (token["lstrip"] or token["rstrip"] or token["single_word"]):
+            return f"added token {token['content']!r} with lstrip, rstrip or single_word"
+        if any(token["content"] != other and token["content"].startswith(other) for other in in_text):
+            return f"added token {token['content']!r} that begins like another"
+    texts = [token for token in model["vocab"] if token not in special]
+    if strange := next((token for token in texts if not set(token) <= symbols.keys()), None):
+        return f"token {strange!r}, which is not spelled in bytes,"
+    if model.get("unk_token") and not symbols.keys() <= set(texts):
+        return f"unk_token {model['unk_token']!r}"
+    made = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+    ids = list(dict.fromkeys(model["vocab"][token] for token in made))
+    if ids != sorted(ids):
+        return "a list of merges that is not in the order of the tokens' ids"
+    if not model.get("ignore_merges") and (unmade := {token for token in texts if len(token) > 1} - set(made)):
+        return f"token {min(unmade)!r}, which no merge makes,"
+    return None
+
+
+def word_pattern(pre_tokenizer: dict) -> str | None:
+    """The one regular expression that cuts texts as the pre-tokenizer of a tokenizer.json does; None: unknown."""
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     match [{"use_regex": True, **step} for step in steps]:
         case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
             return GPT2_WORDS
@@ -1483,20 +1515,37 @@ def word_pattern(path: Path, given: dict) -> str:
             {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
             {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
         ]:
-            return pattern
-    names = " + ".join(step["type"] for step in steps)
-    raise UserError(f"{path}: pre-tokenizer {names} with these options is not supported")
+            return rf"(?:{pattern})|(?:(?!{pattern})[\s\S])+"  # what lies between matches is a word too
+    return None
 
 
-def opening_tokens(processor: dict) -> list[int]:
-    """The ids that a tokenizer.json's post-processor sets before a text, such as Llama 3's begin-of-text."""
+def opening_tokens(processor: dict) -> list[int] | None:
+    """The ids that a post-processor sets before a text, such as Llama 3's begin-of-text; None: unknown kind."""
     begin = []
-    for step in processor.get("processors", [processor]):
+    for step in processor.get("processors", [processor] if processor else []):
+        if step["type"] not in ("ByteLevel", "TemplateProcessing"):
+            return None
         for piece in step.get("single", []):
             if "Sequence" in piece:
                 break
             begin += step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
     return begin
+
+
+def find_end(folder: Path, special: dict[str, int]) -> int:
+    """The end-of-text token: tokenizer_config.json names it, or else config.json does."""
+    end = None
+    if (path := folder / "tokenizer_config.json").is_file():
+        with reading(path):
+            end = json.loads(path.read_text("utf-8")).get("eos_token")
+            end = special.get(end["content"] if isinstance(end, dict) else end)
+    if end is None:
+        with reading(path := folder / "config.json"):
+            end = json.loads(path.read_text("utf-8")).get("eos_token_id")
+            end = end[0] if isinstance(end, list) else end
+    if end not in special.values():
+        raise UserError(f"{folder}: neither tokenizer_config.json nor config.json names an end-of-text token")
+    return end
 
 
 def export_model(path: Path, folder: Path) -> None:
@@ -1515,8 +1564,6 @@ def export_model(path: Path, folder: Path) -> None:
             weights.pop("head.weight", None)  # an untied trunk's, which scores do not need
         weights = {llama_name(name): weight.contiguous() for name, weight in weights.items()} | head
         begin = tokenizer.begin[0] if tokenizer.begin else None
-        # Scores are read at the last token that is not padding, so the end-of-text token must not count as such.
-        padding = next((number for number in tokenizer.special.values() if number != tokenizer.end), 0)
         described = {
             "architectures": ["LlamaForSequenceClassification" if rewards else "LlamaForCausalLM"],
             "model_type": "llama", "vocab_size": config.vocabulary, "hidden_size": config.dim,
@@ -1525,7 +1572,8 @@ def export_model(path: Path, folder: Path) -> None:
             "max_position_embeddings": config.context, "rope_theta": config.rope_theta,
             "rope_scaling": config.rope_scaling and {"rope_type": "llama3", **config.rope_scaling},
             "rms_norm_eps": config.norm_eps, "tie_word_embeddings": config.tied, "hidden_act": "silu",
-            "torch_dtype": "float32", "bos_token_id": begin, "eos_token_id": tokenizer.end, "pad_token_id": padding,
+            "torch_dtype": "float32", "bos_token_id": begin, "eos_token_id": tokenizer.end,
+            "pad_token_id": padding_token(tokenizer),
         }  # fmt: skip
         if rewards:
             described |= {"num_labels": 1}
@@ -1538,6 +1586,13 @@ def export_model(path: Path, folder: Path) -> None:
     print(f"wrote {folder}, a {described['architectures'][0]} for transformers")
     if rewards:
         print(f"its scores are these rewards minus {shift:.6f}, the shift that made the training responses' mean 0")
+
+
+def padding_token(tokenizer: Tokenizer) -> int:
+    """A token for padding in batches of transformers. It is not the end-of-text token: LlamaForSequenceClassification
+    reads a score at the last token that is not padding, which must be that one."""
+    control = (number for name, number in tokenizer.special.items() if name not in tokenizer.in_text)
+    return next((number for number in control if number != tokenizer.end), 0)
 
 
 def export_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
@@ -1574,13 +1629,16 @@ def export_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
         "decoder": byte_level,
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                   "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-                  "vocab": {spelled[token]: number for token, number in ids.items()}, "merges": merges},
+                  "vocab": {spelled[token]: number for token, number in ids.items()} | tokenizer.special,
+                  "merges": merges},
     }  # fmt: skip
     write_text(folder / "tokenizer.json", json.dumps(described, ensure_ascii=False))
     described = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context,
                  "clean_up_tokenization_spaces": False, "eos_token": names[tokenizer.end]}  # fmt: skip
     if tokenizer.begin:
         described["bos_token"] = names[tokenizer.begin[0]]
+    if padding_token(tokenizer) in names:
+        described["pad_token"] = names[padding_token(tokenizer)]
     write_text(folder / "tokenizer_config.json", json.dumps(described, indent=1) + "\n")
 
 

@@ -21,6 +21,7 @@ numbers also go to evaluation.json.
 import dataclasses
 import itertools
 import json
+import math
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -267,6 +268,9 @@ def main() -> None:
 
     # 3. Table, samples, file.
     summaries = {name: summarise(given, sft_answers, chosen) for name, given in answers.items()}
+    for name, row in summaries.items():
+        if not all(math.isfinite(value) for value in row.values() if value is not None):
+            raise UserError(f"--policies {name}.pt: not all of its rewards and log-probs are finite")
     best = "" if pairs.gold is None else f"; the best gold reward possible is {TOY_BEST_REWARD}"
     print(f"{len(pairs)} test prompts; mean ± standard error, wins with 95% interval{best}")
     print(table(summaries, len(pairs)))

@@ -36,6 +36,7 @@ import sys
 import time
 import typing
 import unicodedata
+import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -211,7 +212,7 @@ def run_command(main) -> None:
                 dist.barrier()  # a process that leaves early breaks the connection of those that still talk
     except (UserError, OSError) as error:  # OSError: a disk that fills up or a folder that vanishes on the way
         if rank == 0:
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -300,11 +301,15 @@ def load_whole_state(part, state: dict) -> None:
 
     if isinstance(part, torch.optim.Optimizer):
         parameters = [parameter for group in part.param_groups for parameter in group["params"]]
-        moments = {
-            number: {key: like(parameters[number], value) for key, value in entry.items()}
-            for number, entry in state["state"].items()
-        }
-        part.load_state_dict({**state, "state": moments})
+        moments = {}
+        for number, entry in state["state"].items():
+            for moment in (entry["exp_avg"], entry["exp_avg_sq"]):  # the fused step trusts their shapes
+                if moment.shape != parameters[number].shape or not moment.is_contiguous():
+                    raise ValueError("a moment does not fit its weight")
+            moments[number] = {key: like(parameters[number], value.to(torch.float32)) for key, value in entry.items()}
+        if not moments:
+            raise ValueError("an optimiser that took steps has moments")
+        part.load_state_dict({"state": moments, "param_groups": part.state_dict()["param_groups"]})
     else:
         ours = part.state_dict()
         part.load_state_dict({name: like(ours[name], value) for name, value in state.items()})
@@ -313,6 +318,7 @@ def load_whole_state(part, state: dict) -> None:
 # ---- Tokenizer: byte-level byte-pair encoding ----
 
 END_OF_TEXT = "<|endoftext|>"
+UNICODE_FORMS = None, "NFC", "NFD", "NFKC", "NFKD"
 WORD_PATTERN = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # words keep the space before them
 
 
@@ -339,6 +345,9 @@ class Tokenizer:
         # tiktoken wants all 256 bytes. One that a pretrained vocabulary lacks gets an id past its end, and is left out.
         lacking = (bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks)
         ranks |= {byte: self.size + number for number, byte in enumerate(lacking)}
+        control = set(special.values())
+        if not {end, *self.begin} <= control or normal not in UNICODE_FORMS or regex.match(pattern + "$", ""):
+            raise ValueError("the parts of this tokenizer do not go together")
         self.encoding = tiktoken.Encoding("mpo", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
     def encode(self, text: str) -> list[int]:
@@ -362,7 +371,8 @@ def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
     Source: Sennrich et al. 2016 (arXiv 1508.07909), on bytes as in GPT-2. Pair counts are kept up to date
     rather than counted anew, so a merge touches only the words that hold it.
     """
-    frequency = Counter(word for text in texts for word in regex.findall(WORD_PATTERN, text))
+    words = (word for text in texts for word in regex.findall(WORD_PATTERN, text))
+    frequency = Counter(word for word in words if len(word) <= 100)  # what is longer is no word, and would take minutes
     words = [[bytes([byte]) for byte in word.encode("utf-8", "replace")] for word in frequency]
     weights = list(frequency.values())
     counts, found_in = Counter(), defaultdict(set)
@@ -535,9 +545,30 @@ def load_pairs(settings: CommonSettings, name: str) -> Pairs:
         note_parent(settings, name, state)
         state = {field.name: state[field.name] for field in dataclasses.fields(Pairs)}
         pairs = Pairs(**{**state, "tokenizer": Tokenizer(**state["tokenizer"])})
+        if problem := pairs_problem(pairs):
+            raise UserError(f"{path}: {problem}; make it again")
     if not len(pairs):
         raise UserError(f"{path}: holds no pairs")
     return pairs
+
+
+def pairs_problem(pairs: Pairs) -> str | None:
+    """What in a pairs file can't be right; None if all can."""
+    tokens, lengths, scores = pairs.tokens, pairs.lengths, [pairs.rewards, pairs.gold]
+    if (tokens.dtype, tokens.dim(), lengths.dtype, lengths.shape[1:]) != (torch.int32, 1, torch.int64, (3,)):
+        return "its tokens or lengths are of another kind"
+    if not (lengths > 0).all() or (lengths > len(tokens)).any() or lengths.sum() != len(tokens):
+        return "its lengths do not fit its tokens"
+    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < pairs.tokenizer.size:
+        return "it holds tokens that are not in its vocabulary"
+    if (tokens[lengths.flatten().cumsum(0).view(-1, 3)[:, 1:] - 1] != pairs.tokenizer.end).any():
+        return "a response does not end in the end-of-text token"
+    kind = torch.float32, (len(pairs), 2)
+    if any((part.dtype, part.shape) != kind or not part.isfinite().all() for part in scores if part is not None):
+        return "its rewards are not two finite numbers a pair"
+    if not isinstance(pairs.source, str) or (pairs.gold is None) == (pairs.source == "toy"):
+        return "its gold rewards and its source do not go together"
+    return None
 
 
 def read_rows(source: str, limit: int | None, seed: int) -> Iterator[tuple[str, dict]]:
@@ -630,8 +661,10 @@ def comparison_row(where: str, row: dict) -> dict:
     """A row of TL;DR comparisons as prompt, chosen and rejected; the prompt is worded as in Stiennon et al. 2020."""
     try:
         post, texts, choice = row["info"], [summary["text"] for summary in row["summaries"]], row["choice"]
-        if choice not in (0, 1) or len(texts) != 2:
+        if type(choice) is not int or choice not in (0, 1) or len(texts) != 2:
             raise ValueError("choice is not one of two")
+        if not all(isinstance(part, str) for part in (post["subreddit"], post["title"], post["post"] or "")):
+            raise ValueError("subreddit, title and post are not texts")
         title, text = f"SUBREDDIT: r/{post['subreddit']}\n\nTITLE: {post['title']}", post["post"] or ""
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: not a TL;DR comparison ({type(error).__name__}: {error})") from error
@@ -648,6 +681,8 @@ class PairsBuilder:
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str, context: int, max_response: int):
+        if context - max_response <= len(tokenizer.begin):
+            raise UserError(f"--max-response {max_response} leaves no room in --context {context}")
         self.tokenizer, self.source = tokenizer, source
         self.max_prompt, self.max_response, self.rows = context - max_response, max_response, 0
         self.tokens, self.lengths, self.gold, self.counts = array.array("i"), array.array("i"), [], Counter()
@@ -660,7 +695,13 @@ class PairsBuilder:
             try:
                 prompt = self.tokenizer.encode(row[0])
                 chosen, rejected = ([*self.tokenizer.encode(text), self.tokenizer.end] for text in row[2:])
-                if max(len(chosen), len(rejected)) > self.max_response:
+                if not prompt:  # nothing but bytes that the vocabulary lacks
+                    problem = "dropped: empty prompt"
+                elif min(len(chosen), len(rejected)) < 2:
+                    problem = "dropped: empty response"
+                elif chosen == rejected:  # in other letters that normalise to the same
+                    problem = "dropped: identical responses"
+                elif max(len(chosen), len(rejected)) > self.max_response:
                     problem = f"dropped: response over {self.max_response} tokens"
             except UserError:
                 problem = "dropped: cannot be tokenised"
@@ -1184,24 +1225,32 @@ def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperatu
 # ---- Files: pairs, checkpoints, resume states ----
 
 
+def beside(path: Path) -> Path:
+    """Where a file is written before it takes its place."""
+    return path.with_name(path.name + ".part")
+
+
 def write_whole(path: Path, write) -> None:
     """Calls `write` on a binary file so that `path` is whole at every moment: beside it first, then to the disk, then
     renamed onto it. Raises UserError if that fails; what was there is unchanged."""
     if processes()[0] > 0:
         return
-    beside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
+        with beside(path).open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise UserError(f"{path}: cannot be written ({error}); what was there is unchanged") from error
+        beside(path).replace(path)
+    except (OSError, RuntimeError) as error:
+        # torch raises a RuntimeError on top of what really happened in a write: a full disk, or Ctrl-C.
+        cause = error.__context__ if isinstance(error, RuntimeError) and error.__context__ else error
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
+        raise UserError(f"{path}: cannot be written ({cause}); what was there is unchanged") from error
     finally:
         with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+            beside(path).unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -1244,7 +1293,9 @@ def note_parent(settings: CommonSettings, name: str, content: dict) -> None:
 def reading(path: Path):
     """Turns whatever a damaged file raises while it is read into a UserError that names it."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is said in one line
+            yield
     except UserError:
         raise
     except Exception as error:
@@ -1273,6 +1324,22 @@ def save_model(settings: CommonSettings, model: nn.Module, tokenizer: Tokenizer)
     save_file(settings, settings.save, model.kind, content)
 
 
+def config_problem(config: Config, parameters: int, tokenizer: Tokenizer) -> str | None:
+    """What in a checkpoint's shape can't be right; None if all can."""
+    counts = config.vocabulary, config.dim, config.layers, config.heads, config.kv_heads, config.mlp, config.context
+    factors = [] if config.rope_scaling is None else [config.rope_scaling[name] for name in LLAMA3_SCALING]
+    if not all(type(count) is int and count > 0 for count in counts):
+        return "its shape is not given in whole numbers from 1 up"
+    if config.dim % (2 * config.heads) or config.heads % config.kv_heads:
+        return "its dimensions and heads do not go together"
+    factors += [config.rope_theta, config.norm_eps]
+    if not all(type(factor) in (int, float) and 0 < factor < 1e20 for factor in factors):
+        return "rope_theta, norm_eps and scaling are not finite numbers above 0"
+    if config.layers > parameters or config.vocabulary < tokenizer.size:
+        return "its shape, weights and tokenizer do not go together"
+    return None
+
+
 def load_model(settings: CommonSettings, name: str, model_class: type, prepare: bool = True):
     """Reads a model of `model_class`, and prepares it for the device unless told not to. Returns (model, Tokenizer)."""
     path = find_file(settings, name)
@@ -1280,8 +1347,13 @@ def load_model(settings: CommonSettings, name: str, model_class: type, prepare: 
         content = load_file(path, model_class.kind)
         note_parent(settings, name, content)
         tokenizer = Tokenizer(**content["tokenizer"])
+        config, weights = Config(**content["config"]), content["weights"].values()
+        if problem := config_problem(config, len(weights), tokenizer):
+            raise UserError(f"{path}: {problem}; make it again")
+        if not all(weight.dtype == torch.float32 and weight.is_contiguous() for weight in weights):
+            raise UserError(f"{path}: its weights are of another kind; make it again")
         with torch.device("meta"):  # shapes without numbers: the file's take their place
-            model = GPT(Config(**content["config"]))
+            model = GPT(config)
             if model_class is not GPT:  # a reward model is built around a GPT
                 model = model_class(model)
         if not all(weight.isfinite().all() for weight in content["weights"].values()):
@@ -1475,7 +1547,7 @@ def tokenizer_problem(given: dict, special: dict[str, int], in_text: list[str]) 
     for name, value in only.items():
         if (model.get(name) or None) != (value or None):
             return f"{name} {model[name]!r}"
-    if normal not in (None, "NFC", "NFD", "NFKC", "NFKD"):
+    if normal not in UNICODE_FORMS:
         return f"normalizer {normal}"
     if word_pattern(given["pre_tokenizer"]) is None:
         return "pre-tokenizer " + json.dumps(given["pre_tokenizer"])[:200]
@@ -1668,6 +1740,16 @@ def batch_indices(examples: int, batch_size: int, step: int, seed: int) -> list[
     return torch.cat(passes)[start - first * examples :][:batch_size].tolist()
 
 
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a log; a power cut may have left half of one."""
+    lines = []
+    for line in path.read_text("utf-8", "replace").splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            if json.loads(line)["step"] == len(lines):
+                lines.append(line + "\n")
+    return lines
+
+
 class Training:
     """Bookkeeping of a training loop: `for step, indices in training` gives the steps still to do and the examples of
     each step's batch, and does the rest.
@@ -1690,17 +1772,19 @@ class Training:
                 for name, parent in settings.parents.items():
                     if state["made"]["parents"].get(name) != parent:
                         raise UserError(f"--resume: {name} is not the file that the saved run read")
+                self.step = state["step"]
+                if type(self.step) is not int or not 0 <= self.step <= self.steps:
+                    raise UserError(f"{settings.state_path}: is at step {self.step} of {self.steps}; delete it")
                 for key, part in parts.items():
                     load_whole_state(part, state[key])
-                self.step = state["step"]
-            lines = settings.log_path.read_text().splitlines(keepends=True)[: self.step]
-        else:
-            settings.state_path.unlink(missing_ok=True)
+            lines = whole_lines(settings.log_path)[: self.step]
+        elif settings.state_path.exists():
+            raise UserError(f"{settings.state_path}: a run was stopped; --resume goes on, or delete this to start anew")
         write_text(settings.log_path, "".join(lines))
 
     def __iter__(self):
         handlers = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        description = Path(self.settings.save).stem
+        description, stop = Path(self.settings.save).stem, False
         try:
             with tqdm(total=self.steps, initial=self.step, desc=description, unit="step") as self.bar:
                 while self.step < self.steps:
@@ -1710,15 +1794,15 @@ class Training:
                     self.step += 1
                     self.bar.update()
                     every = self.settings.save_every
-                    self.stopping = bool(summed(torch.tensor(float(self.stopping))))  # all stop at the same step
-                    if self.stopping or (every and self.step % every == 0 and self.step < self.steps):
+                    stop = bool(summed(torch.tensor(float(self.stopping))))  # all processes stop at the same step
+                    if stop or (every and (self.step % every == 0 or self.step == self.steps)):
                         self.save_state()
-                    if self.stopping:
+                    if stop:
                         break
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        if self.stopping:
+        if stop:
             print(f"stopped after step {self.step} of {self.steps}; the same command with --resume goes on")
             sys.exit(130)
 
@@ -1768,7 +1852,8 @@ class Training:
 
     def log(self, shown: tuple[str, ...], unit: str, units: int, tokens: int, **metrics: float) -> None:
         """Writes the step's line of the log, and the `shown` metrics beside the bar."""
-        self.require_finite("loss", metrics["loss"])
+        for name, value in metrics.items():
+            self.require_finite(name, value)
         seconds = time.perf_counter() - self.began
         if choose_device(self.settings).type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**20
@@ -1777,15 +1862,19 @@ class Training:
         speed = {"tokens_per_second": tokens / seconds, f"{unit}_per_second": units / seconds}
         record = {"step": self.step, **metrics, "lr": self.lr, "seconds": seconds, **speed, "peak_memory_mb": peak}
         if processes()[0] == 0:
-            with self.settings.log_path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                with self.settings.log_path.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                raise UserError(f"{self.settings.log_path}: cannot be written ({error})") from error
         self.bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown}, refresh=False)
 
     def finish(self, model: nn.Module, tokenizer: Tokenizer, next_command: str) -> None:
         """Saves the trained model, drops the resume state, and says which command comes next."""
         save_model(self.settings, model, tokenizer)
         if processes()[0] == 0:
-            self.settings.state_path.unlink(missing_ok=True)
+            for path in (self.settings.state_path, beside(self.settings.state_path)):
+                path.unlink(missing_ok=True)
         say_next(self.settings, [self.settings.save], next_command)
 
 
@@ -1846,8 +1935,6 @@ def start_from(settings: Settings) -> tuple[GPT, Tokenizer]:
 def read_pairs(settings: Settings, tokenizer: Tokenizer | None = None) -> tuple[Pairs, Pairs]:
     """(training pairs, test pairs) from --data, read row by row. Without a tokenizer, one is trained in a first pass,
     on the training text alone. A prompt's own hash says on which side it falls, so no prompt falls on both."""
-    if settings.max_response >= settings.context:
-        raise UserError(f"--max-response {settings.max_response} leaves no room in --context {settings.context}")
     share = settings.test_share
     if share is None:
         share = 0.2 if settings.data == "toy" else 0.1

@@ -30,11 +30,14 @@ def reward_model() -> RewardModel:
 
 @pytest.fixture
 def documents() -> list[tuple[torch.Tensor, ...]]:
-    """Nine documents of a prompt and two responses, of many lengths, one token up."""
+    """Nine documents of a prompt and two responses, of many lengths, one token up; the last token ends a response."""
     generator = torch.Generator().manual_seed(2)
 
     def tokens(longest: int) -> torch.Tensor:
         length = int(torch.randint(1, longest, (), generator=generator))
         return torch.randint(0, TINY.vocabulary, (length,), generator=generator)
 
-    return [(tokens(30), tokens(40), tokens(40)) for _ in range(9)]
+    made = [(tokens(30), tokens(40), tokens(40)) for _ in range(9)]
+    for _, chosen, rejected in made:
+        chosen[-1] = rejected[-1] = TINY.vocabulary - 1
+    return made

@@ -539,6 +539,7 @@ def test_toy_pairs_carry_the_gold_reward_of_their_texts(tmp_path):
 def scored_pairs():
     pairs, _ = make([("pq", "pq", "a", "bc"), ("x", "x", "yz", "w"), ("uvw", "uvw", "s", "t")])
     pairs.rewards, pairs.gold = torch.tensor([[1.0, 0.0], [2.0, 3.0], [5.0, 4.0]]), torch.arange(6.0).view(3, 2)
+    pairs.source = "toy"
     return pairs
 
 
@@ -559,6 +560,7 @@ def test_pairs_survive_save_and_load(scored, tmp_path):
     pairs = scored_pairs()
     if not scored:
         pairs.rewards = pairs.gold = None
+        pairs.source = "made up"
     pairs.save(Settings(out=str(tmp_path)), "pairs.pt")
     assert_same_pairs(load_pairs(Settings(out=str(tmp_path)), "pairs.pt"), pairs)
 

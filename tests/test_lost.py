@@ -88,6 +88,7 @@ def child(command: str, flags: list[str], screens: tuple, hooks: list[tuple], so
     for number, screen in enumerate(screens, 1):
         os.dup2(screen.fileno(), number)
         screen.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background inherit deaf ears
     torch.set_num_threads(1)
     sys.argv = [f"{command}.py", *flags]
     getsource = inspect.getsource

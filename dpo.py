@@ -13,12 +13,14 @@ at the start, and no second model exists.
     python dpo.py --data pairs.pt --save dpo_all.pt   # the baseline: DPO on all pairs
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from model import (
     GPT,
@@ -30,11 +32,12 @@ from model import (
     Share,
     Training,
     TrainingSettings,
+    batch_indices,
     choose_device,
+    count_steps,
     load_model,
     load_pairs,
     pack,
-    pack_with_bar,
     parse_settings,
     run_command,
     settle,
@@ -92,12 +95,18 @@ def main() -> None:
     settle(settings, policy.config.pretrained)
     per_token = settings.loss == "ipo"
 
-    # 2. The reference's log-probs of all pairs, while the policy still is the reference.
+    # 2. The reference's log-probs of the pairs to come, while the policy still is the reference; in the batches of the
+    # first pass, so that the first loss is ln 2 to the last digit, whatever the precision. The last of these batches
+    # may run over into a second pass, and comes first so that it has no last word.
     reference = torch.zeros(len(pairs), 2, device=device)
+    steps = min(count_steps(settings, len(pairs)), math.ceil(len(pairs) / settings.batch_size))
     with torch.no_grad():
-        for batch in pack_with_bar([pairs[index] for index in range(len(pairs))], device, "reference"):
-            reference[batch.members] = pair_logprobs(policy, batch, per_token)
-    reference = summed(reference)
+        for step in tqdm(reversed(range(steps)), total=steps, desc="reference", unit="step", leave=False):
+            indices = batch_indices(len(pairs), settings.batch_size, step, settings.seed)
+            logprobs = torch.zeros(len(indices), 2, device=device)
+            for batch in pack([pairs[index] for index in indices], device):
+                logprobs[batch.members] = pair_logprobs(policy, batch, per_token)
+            reference[indices] = summed(logprobs)
 
     # 3. Train.
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)

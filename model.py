@@ -17,12 +17,12 @@ and writes pairs.pt (training pairs), test.pt (held-back pairs) and sft.pt (the 
 import argparse
 import array
 import atexit
-import bisect
 import contextlib
 import dataclasses
 import functools
 import gzip
 import hashlib
+import heapq
 import inspect
 import itertools
 import json
@@ -794,42 +794,46 @@ def visibility(document: Tensor, branch: Tensor):
     return rule
 
 
-def pack(
-    documents: list[tuple[Tensor, ...]], device: torch.device, rows_per_pass: int | None = None
-) -> Iterator[Packed]:
-    """Packs documents, each (prompt, response, response, …), into rows; yields one `Packed` per forward pass.
+def pack(documents: list[tuple[Tensor, ...]], device: torch.device, tokens_per_pass: int = 0) -> Iterator[Packed]:
+    """Packs documents, each (prompt, response, response, …), into rows; yields one `Packed` per forward pass of about
+    `tokens_per_pass` tokens [default: as many as suit the device].
 
-    Of several processes each gets other rows, and as many passes as the rest, the last one empty if need be.
+    Documents of like length share a pass, which keeps rows short. Of several processes each gets other rows, and as
+    many passes as the rest, the last one empty if need be.
     """
     rank, size = processes()
+    tokens_per_pass = size * (tokens_per_pass or (32768 if device.type == "cuda" else 2048))
     sizes = [sum(map(len, document)) for document in documents]
-    length = row_length(sizes, device)
-    rows_per_pass = rows_per_pass or max(1, (32768 if device.type == "cuda" else 8192) // length)
-    rows = fill_rows(sizes, length)
-    for start in range(0, len(rows), rows_per_pass * size):
-        mine = rows[start : start + rows_per_pass * size][rank::size]
-        yield lay_out(documents, mine or [[]], length).to(device)
+    some, total = [], 0
+    for index in sorted(range(len(documents)), key=lambda index: -sizes[index]):
+        if some and total + sizes[index] > tokens_per_pass:
+            yield lay_out(documents, *fill_rows(sizes, some, device), rank, size).to(device)
+            some, total = [], 0
+        some.append(index)
+        total += sizes[index]
+    yield lay_out(documents, *fill_rows(sizes, some, device), rank, size).to(device)
 
 
-def row_length(sizes: list[int], device: torch.device) -> int:
-    """Length of the rows for documents of these sizes. Short rows suit the CPU, whose dense mask makes attention cost
-    quadratic in the row; a GPU skips what the mask hides, and wants more tokens at once."""
-    return max(4096 if device.type == "cuda" else 256, -(-max(sizes) // 64) * 64)
+def fill_rows(sizes: list[int], some: list[int], device: torch.device) -> tuple[list[list[int]], int]:
+    """Lays the documents `some`, in falling order of their `sizes`, in rows: each goes into the emptiest row. Returns
+    (the documents in each row, length of the rows).
 
-
-def fill_rows(sizes: list[int], length: int) -> list[list[int]]:
-    """Best fit: from the largest down, each of `sizes` goes into the row of `length` that it fills best. Returns the
-    indices in each row."""
-    rows, open_rows = [], []  # open_rows: (places still free, row), sorted
-    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        place = bisect.bisect_left(open_rows, (sizes[index], 0))
-        if place == len(open_rows):
-            open_rows.append((length, len(rows)))
-            rows.append([])
-        free, row = open_rows.pop(place)
-        rows[row].append(index)
-        bisect.insort(open_rows, (free - sizes[index], row))
-    return rows
+    Of several numbers of rows the cheapest is taken. Short rows suit the CPU, whose dense mask makes attention cost
+    quadratic in the row; a GPU skips what the mask hides, and wants more tokens in a row.
+    """
+    total, longest, step = sum(sizes[index] for index in some), sizes[some[0]], 16
+    if device.type == "cuda":
+        longest, step = max(longest, 4096), 128
+    most, best = max(1, total // longest), (math.inf, [], 0)
+    for count in range(most, most // 2, -1):
+        rows = [(0, row, []) for row in range(count)]  # a heap: (length so far, number, documents)
+        for index in some:
+            used, row, members = rows[0]
+            heapq.heapreplace(rows, (used + sizes[index], row, [*members, index]))
+        length = -(-max(rows)[0] // step) * step
+        cost = count * length * (2048 + length)  # of all else in a layer, and of attention
+        best = min(best, (cost, [members for _, _, members in rows], length))
+    return best[1:]
 
 
 def pack_with_bar(documents: list[tuple[Tensor, ...]], device: torch.device, what: str) -> Iterator[Packed]:
@@ -840,8 +844,12 @@ def pack_with_bar(documents: list[tuple[Tensor, ...]], device: torch.device, wha
             bar.update(len(batch.members))
 
 
-def lay_out(documents: list[tuple[Tensor, ...]], rows: list[list[int]], length: int) -> Packed:
-    """The tensors of `Packed` for rows of document indices. The unused end of a row is a document of its own."""
+def lay_out(
+    documents: list[tuple[Tensor, ...]], rows: list[list[int]], length: int, rank: int = 0, size: int = 1
+) -> Packed:
+    """The tensors of `Packed` for rows of document indices, those of process `rank` of `size`. The unused end of a row
+    is a document of its own."""
+    rows = rows[rank::size] or [[]]
     tokens, positions, branch = (torch.zeros(len(rows), length, dtype=torch.long) for _ in range(3))
     document = torch.full((len(rows), length), -1)
     source, target, sequence, offset, last, members = [], [], [], [], [], []
@@ -930,7 +938,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Grouped-query causal attention (Ainslie et al. 2023, arXiv 2305.13245): query heads share key-value heads.
 
-    x: [rows, length, dim]; rotary: cos and sin as `rotate` takes them; mask: Packed.mask, or [rows, 1, 1, columns].
+    x: [rows, length, dim]; rotary: cos and sin as `rotate` takes them; mask: Packed.mask, or None for one
+    new token a row, which sees what the cache holds.
     """
 
     def __init__(self, config: Config):
@@ -949,8 +958,10 @@ class Attention(nn.Module):
         )
         query, key = (rotate(part, *rotary).to(value.dtype) for part in (query, key))
         if cache is not None:
-            key, value = cache.update(key, value)
-        if isinstance(mask, BlockMask):
+            cache.store(key, value)
+        if mask is None:
+            mixed = cache.attend(query)
+        elif isinstance(mask, BlockMask):
             attend = compiled_function(flex_attention) if query.is_cuda else flex_attention
             mixed = attend(query, key, value, block_mask=mask, enable_gqa=True)
         else:
@@ -970,8 +981,13 @@ class Block(nn.Module):
         self.up = nn.Linear(config.dim, config.mlp, bias=False)
         self.down = nn.Linear(config.mlp, config.dim, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask, cache: "LayerCache | None" = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask, cache: "LayerCache | None" = None,
+        places: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         x = x + self.attention(self.attention_norm(x), rotary, mask, cache)
+        if places is not None:  # the last block's results are read there only
+            x = x.flatten(0, 1)[places]
         normed = self.mlp_norm(x)
         return x + self.down(F.silu(self.gate(normed)) * self.up(normed))
 
@@ -996,20 +1012,26 @@ class GPT(nn.Module):
                 std = parameter.shape[1] ** -0.5 / (math.sqrt(2 * config.layers) if into_stream else 1.0)
                 nn.init.normal_(parameter, std=std)
 
-    def forward(self, tokens: Tensor, positions: Tensor, mask, caches: "list[LayerCache] | None" = None) -> Tensor:
-        """Hidden states [rows, length, dim] of tokens at positions, both [rows, length], under `mask`."""
+    def forward(
+        self, tokens: Tensor, positions: Tensor, mask, places: Tensor | None = None,
+        caches: "list[LayerCache] | None" = None,
+    ) -> Tensor:  # fmt: skip
+        """Hidden states [rows, length, dim] of tokens at positions, both [rows, length], under `mask`; or those at flat
+        indices `places` alone, [places, dim]."""
         frequencies = rotary_frequencies(self.config, tokens.device)
         angle = positions[:, None, :, None] * frequencies  # (rows, 1, length, head_dim / 2)
         rotary = angle.cos(), angle.sin()
         with self.precision():
             x = self.embedding(tokens)
             for index, block in enumerate(self.blocks):
-                if caches is None and self.checkpointed and torch.is_grad_enabled():
-                    x = checkpoint(block, x, rotary, mask, use_reentrant=False, preserve_rng_state=False)
-                elif caches is None:
-                    x = block(x, rotary, mask)
-                else:  # past compilation: a cache that grows would have the block compiled again and again
-                    x = block.forward(x, rotary, mask, caches[index])
+                wanted = places if index == len(self.blocks) - 1 else None
+                if caches is not None:  # past compilation: a cache that grows would have the block compiled again
+                    x = block.forward(x, rotary, mask, caches[index], wanted)
+                elif self.checkpointed and torch.is_grad_enabled():
+                    more = {"use_reentrant": False, "preserve_rng_state": False}
+                    x = checkpoint(block, x, rotary, mask, None, wanted, **more)
+                else:
+                    x = block(x, rotary, mask, None, wanted)
             return self.norm(x)
 
     def precision(self) -> torch.autocast:
@@ -1022,19 +1044,19 @@ class GPT(nn.Module):
         """The output head's matrix [vocabulary, dim]."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def hidden(self, batch: Packed) -> Tensor:
-        """Hidden states of a packed batch, rows laid end to end: [rows · length, dim]."""
-        return self.forward(batch.tokens, batch.positions, batch.mask).flatten(0, 1)
+    def hidden(self, batch: Packed, places: Tensor) -> Tensor:
+        """Hidden states at flat indices `places` of a packed batch: [places, dim]."""
+        return self.forward(batch.tokens, batch.positions, batch.mask, places)
 
     def logprobs(self, batch: Packed, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies [N] of the batch's response tokens, in fp32. Entropies carry no gradient."""
-        hidden = self.hidden(batch)[batch.source].to(self.activations)
+        hidden = self.hidden(batch, batch.source).to(self.activations)
         return token_logprobs(hidden, self.vocabulary_weight, batch.target, temperature, self.compiled)
 
 
 # ---- The log-prob kernel ----
 
-CHUNK_LOGITS = 2**23  # logits held at once: 32 MiB in fp32, whatever the vocabulary
+TILES = {"cpu": (2048, 512), "gpu": (8192, 8192)}  # logits held at once: tokens × vocabulary; the CPU's fit its cache
 
 
 def token_logprobs(
@@ -1045,59 +1067,69 @@ def token_logprobs(
     hidden: [N, dim], fp32 or bf16, the dtype of the matrix products; weight: [V, dim]; targets: [N].
     Returns (log-probs [N], entropies [N]) in fp32. Log-probs carry gradients to hidden and weight; entropies none.
     """
-    return TokenLogprobs.apply(hidden, weight, targets, temperature, compiled)
+    return TokenLogprobs.apply(hidden / temperature, weight, targets, compiled)
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """Walks over chunks of tokens. Forward keeps only each token's log-sum-exp; backward makes the logits again.
-
-    With p = softmax(logits):  d log p_target / d logits = onehot(target) − p.
+    """Walks over tiles of the [N, V] logits that fit in a CPU's cache. Forward keeps only each token's log-sum-exp;
+    backward makes the logits again. With p = softmax(logits):  d log p_target / d logits = onehot(target) − p.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, compiled):
-        body = compiled_function(logprob_chunk) if compiled else logprob_chunk
-        matrix = weight.to(hidden.dtype)
-        results = [body(h, matrix, t, temperature) for h, t in chunks(weight.shape[0], hidden, targets)]
+    def forward(ctx, hidden, weight, targets, compiled):
+        body = compiled_function(logprob_tile) if compiled else logprob_tile
+        matrix, results = weight.to(hidden.dtype), []
+        for some, row in tiles(hidden, matrix):
+            parts = [body(hidden[some], matrix[words], targets[some] - words.start) for words in row]
+            picked, logsumexps, means = (torch.stack(part) for part in zip(*parts, strict=True))  # (tiles, n) each
+            logsumexp = logsumexps.logsumexp(0)
+            shares = (logsumexps - logsumexp).exp()  # of the probability, that each tile's words hold
+            results.append((picked.sum(0) - logsumexp, (shares * (logsumexp - means)).sum(0), logsumexp))
         logprobs, entropies, logsumexp = (torch.cat(parts) for parts in zip(*results, strict=True))
         ctx.save_for_backward(hidden, weight, targets, logsumexp)
-        ctx.temperature, ctx.compiled = temperature, compiled
+        ctx.compiled = compiled
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx, grad, _):
         hidden, weight, targets, logsumexp = ctx.saved_tensors
-        body = compiled_function(gradient_chunk) if ctx.compiled else gradient_chunk
-        matrix, grad_weight = weight.to(hidden.dtype), torch.zeros_like(weight)
-        grad_hidden = []
-        for h, t, lse, g in chunks(weight.shape[0], hidden, targets, logsumexp, grad):
-            grad_logits = body(h, matrix, t, lse, g, ctx.temperature)
-            grad_hidden.append(grad_logits @ matrix)
-            grad_weight += grad_logits.T @ h
-        return torch.cat(grad_hidden), grad_weight, None, None, None
+        body = compiled_function(gradient_tile) if ctx.compiled else gradient_tile
+        matrix, weighted = weight.to(hidden.dtype), grad[:, None]
+        grad_hidden = weighted * weight[targets]  # the onehot's part; then p's
+        grad_weight = torch.zeros_like(weight).index_add_(0, targets, weighted * hidden)
+        for some, row in tiles(hidden, matrix):
+            for words in row:
+                grad_logits = body(hidden[some], matrix[words], logsumexp[some], grad[some])
+                grad_hidden[some] += grad_logits @ matrix[words]
+                grad_weight[words] += grad_logits.T @ hidden[some]
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None
 
 
-def chunks(vocabulary: int, *tensors: Tensor):
-    """Cuts tensors of N rows alike, into pieces whose logits fit in CHUNK_LOGITS."""
-    return zip(*(tensor.split(max(1, CHUNK_LOGITS // vocabulary)) for tensor in tensors), strict=True)
+def tiles(hidden: Tensor, matrix: Tensor) -> Iterator[tuple[slice, list[slice]]]:
+    """Cuts the [N, V] logits of hidden [N, dim] and matrix [V, dim]: (slice of tokens, slices of the vocabulary)."""
+    length, width = TILES["cpu" if hidden.device.type == "cpu" else "gpu"]
+    row = [slice(start, start + width) for start in range(0, len(matrix), width)]
+    return ((slice(start, start + length), row) for start in range(0, max(1, len(hidden)), length))
 
 
-def logprob_chunk(hidden, matrix, targets, temperature):
-    """(log-probs, entropies, log-sum-exps), each [n], of n tokens."""
-    logits = (hidden @ matrix.T).float() / temperature  # (n, V)
-    logsumexp = logits.logsumexp(-1)
-    every = logits - logsumexp[:, None]  # all log-probs; taken first, since logsumexp − Σ p·logit would cancel digits
-    entropies = -(every.exp() * every).sum(-1)
-    return every.gather(-1, targets[:, None])[:, 0], entropies, logsumexp
+def logprob_tile(hidden: Tensor, matrix: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of n tokens and v words: the logits at `places` (0 where that is outside of the tile), log-sum-exps, and means
+    of the logits under the tile's own softmax. Shapes: [n, dim], [v, dim], [n] → [n] each."""
+    logits = (hidden @ matrix.T).float()
+    inside = (places >= 0) & (places < len(matrix))
+    picked = logits.gather(-1, places.clamp(0, len(matrix) - 1)[:, None])[:, 0] * inside
+    top = logits.amax(-1)
+    shifted = logits - top[:, None]
+    weights = shifted.exp()
+    total = weights.sum(-1)
+    return picked, top + total.log(), top + (weights * shifted).sum(-1) / total
 
 
-def gradient_chunk(hidden, matrix, targets, logsumexp, grad, temperature):
-    """Gradient of the log-probs, weighted by `grad` [n], with respect to hidden · matrixᵀ: [n, V]."""
-    logits = (hidden @ matrix.T).float() / temperature
-    grad_logits = -(logits - logsumexp[:, None]).exp() * grad[:, None]
-    grad_logits.scatter_add_(-1, targets[:, None], grad[:, None])
-    return (grad_logits / temperature).to(matrix.dtype)
+def gradient_tile(hidden: Tensor, matrix: Tensor, logsumexp: Tensor, grad: Tensor) -> Tensor:
+    """−p · grad, the softmax's part of the gradient of the logits. [n, dim], [v, dim], [n], [n] → [n, v]."""
+    logits = (hidden @ matrix.T).float()
+    return logits.sub_(logsumexp[:, None]).exp_().mul_(-grad[:, None]).to(matrix.dtype)
 
 
 @functools.cache
@@ -1109,33 +1141,91 @@ def compiled_function(function):
 # ---- Generation ----
 
 
-class LayerCache:
-    """One layer's keys and values of the sequences being generated: [sequences, kv_heads, columns, head_dim] each.
+class Layout:
+    """Where the sequences being generated lie in the key-value caches: in groups of like prompt length, so that little
+    of a cache is empty. The prompts of a group end in the same column, so a new token's column is the same for all.
 
-    Prompts end in the same column, so that every decoding step writes one column for all. During the prompt pass,
-    `slots` says where each packed token goes: (row, place in row, sequence, column); it is None once decoding starts.
+    Lists with an entry a group: `first`, [n], the column where each prompt begins; `slots`, what is to be stored next:
+    (row, place in row, sequence, column) of each token; `masks`, [n, 1, 1, columns], which columns are seen.
     """
 
-    def __init__(self, config: Config, sequences: int, columns: int, dtype: torch.dtype, slots: tuple[Tensor, ...]):
-        shape = sequences, config.kv_heads, columns, config.dim // config.heads
-        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=slots[0].device) for _ in range(2))
-        self.slots = slots
-        self.column = 0
+    def __init__(self, prompts: list[Tensor], steps: int, batch: Packed):
+        lengths, starts = [len(prompt) for prompt in prompts], [0]  # falling
+        for number, length in enumerate(lengths):
+            if length + steps < 0.7 * (lengths[starts[-1]] + steps):
+                starts.append(number)
+        self.widths = [lengths[start] for start in starts]
+        self.first, self.slots, self.masks = [], [], []
+        row, place = (batch.document >= 0).nonzero(as_tuple=True)
+        sequence = batch.members[batch.document[row, place]]
+        for start, end, width in zip(starts, [*starts[1:], len(prompts)], self.widths, strict=True):
+            first = width - torch.tensor(lengths[start:end], device=row.device)
+            inside = ((sequence >= start) & (sequence < end)).nonzero()[:, 0]
+            at, own = (row[inside], place[inside]), sequence[inside] - start
+            self.first.append(first)
+            self.slots.append((*at, own, first[own] + batch.positions[at]))
 
-    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores new keys and values; returns those that the new queries attend to."""
-        if self.slots is not None:
-            row, place, sequence, column = self.slots
-            self.keys[sequence, :, column] = key[row, :, place]
-            self.values[sequence, :, column] = value[row, :, place]
-            return key, value
-        self.keys[:, :, self.column] = key[:, :, 0]
-        self.values[:, :, self.column] = value[:, :, 0]
-        return self.keys[:, :, : self.column + 1], self.values[:, :, : self.column + 1]
+    def step(self, number: int) -> None:
+        """Makes ready for new token `number` of each sequence."""
+        self.slots, self.masks, start = [], [], 0
+        for first, width in zip(self.first, self.widths, strict=True):
+            own, column = torch.arange(len(first), device=first.device), width + number
+            self.slots.append((start + own, 0, own, column))
+            self.masks.append((torch.arange(column + 1, device=first.device) >= first[:, None])[:, None, None])
+            start += len(first)
 
-    def keep(self, rows: Tensor) -> None:
-        """Drops the sequences that are not in `rows`."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
+    def keep(self, going: Tensor, caches: "list[LayerCache]") -> None:
+        """Drops the sequences that are not in `going` (numbers in rising order) from layout and caches."""
+        start, kept = 0, []
+        for group, first in enumerate(self.first):
+            own = going[(going >= start) & (going < start + len(first))] - start
+            start += len(first)
+            if len(own):
+                kept.append((group, own))
+        for lists in (self, *caches):
+            lists.take(kept)
+
+    def take(self, kept: list[tuple[int, Tensor]]) -> None:
+        self.first = [self.first[group][own] for group, own in kept]
+        self.widths = [self.widths[group] for group, _ in kept]
+
+
+class LayerCache:
+    """One layer's keys and values of the sequences being generated: for each group of the layout
+    [sequences, kv_heads, columns, head_dim]."""
+
+    def __init__(self, config: Config, layout: Layout, steps: int, dtype: torch.dtype):
+        heads, size, device = config.kv_heads, config.dim // config.heads, layout.first[0].device
+        shapes = [
+            (len(first), heads, width + steps, size) for first, width in zip(layout.first, layout.widths, strict=True)
+        ]
+        self.keys, self.values = ([torch.zeros(s, dtype=dtype, device=device) for s in shapes] for _ in range(2))
+        self.layout = layout
+
+    def store(self, key: Tensor, value: Tensor) -> None:
+        """Stores new keys and values, [rows, kv_heads, length, head_dim], where the layout's slots say."""
+        for keys, values, slots in zip(self.keys, self.values, self.layout.slots, strict=True):
+            row, place, sequence, column = slots
+            keys[sequence, :, column] = key[row, :, place]
+            values[sequence, :, column] = value[row, :, place]
+
+    def attend(self, query: Tensor) -> Tensor:
+        """Attention of one query a sequence. [sequences, heads, 1, head_dim], as is what is returned.
+
+        The query heads that share a key head are handed over as so many queries of that one head, which reads each key
+        once. (In bf16 the CPU's kernel took five times as long to share keys itself.)
+        """
+        mixed, parts = [], query.split([len(keys) for keys in self.keys])
+        for part, keys, values, mask in zip(parts, self.keys, self.values, self.layout.masks, strict=True):
+            sharing = part.reshape(len(keys), keys.shape[1], -1, keys.shape[3])  # (n, kv_heads, heads a key, head_dim)
+            seen = slice(mask.shape[-1])
+            mixed.append(F.scaled_dot_product_attention(sharing, keys[:, :, seen], values[:, :, seen], attn_mask=mask))
+        return torch.cat([part.reshape(len(part), -1, 1, part.shape[-1]) for part in mixed])
+
+    def take(self, kept: list[tuple[int, Tensor]]) -> None:
+        """Keeps these (group, sequences in it)."""
+        self.keys = [self.keys[group][own] for group, own in kept]
+        self.values = [self.values[group][own] for group, own in kept]
 
 
 def sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
@@ -1179,46 +1269,35 @@ def generate(
 
 
 def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperature: float, watch=None) -> Tensor:
-    """Token ids [S, max_new_tokens] sampled with a key-value cache; a row is `end` from its first `end` on."""
-    device = model.embedding.weight.device
-    width = max(map(len, prompts))
+    """Token ids [S, max_new_tokens] sampled with a key-value cache, `prompts` in falling order of their lengths; a row
+    is `end` from its first `end` on."""
+    device, steps = model.embedding.weight.device, noise.shape[1]
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    sizes = [len(prompt) for prompt in prompts]
-    length = row_length(sizes, device)
-    batch = lay_out([(prompt,) for prompt in prompts], fill_rows(sizes, length), length).to(device)
-    order = batch.members  # packing sorts; rows of the cache are in packed order
-    row, place = (batch.document >= 0).nonzero(as_tuple=True)
-    sequence = batch.document[row, place]
-    first_column = width - lengths[order]  # where each prompt begins in the cache
-    slots = row, place, sequence, first_column[sequence] + batch.positions[row, place]
-    steps = noise.shape[1]
-    caches = [LayerCache(model.config, len(prompts), width + steps, model.activations, slots) for _ in model.blocks]
-    hidden = model(batch.tokens, batch.positions, batch.mask, caches).flatten(0, 1)[batch.last]
+    rows = fill_rows(lengths.tolist(), list(range(len(prompts))), device)
+    batch = lay_out([(prompt,) for prompt in prompts], *rows).to(device)
+    layout = Layout(prompts, steps, batch)
+    caches = [LayerCache(model.config, layout, steps, model.activations) for _ in model.blocks]
+    hidden = model(batch.tokens, batch.positions, batch.mask, batch.last[batch.members.argsort()], caches)
     head = model.vocabulary_weight.to(model.activations).T
     output = torch.full((len(prompts), steps), end, device=device)
-    live, noise, lengths = order, noise.to(device), lengths[order]
-    columns = torch.arange(width + steps, device=device)
+    live, noise = torch.arange(len(prompts), device=device), noise.to(device)
     for step in range(steps):
-        logits = hidden.to(head.dtype) @ head
-        tokens = sample(logits, noise[live, step], temperature)
+        tokens = sample(hidden.to(head.dtype) @ head, noise[live, step], temperature)
         if step > 0:
             tokens = torch.where(output[live, step - 1] == end, end, tokens)
         output[live, step] = tokens
         if watch:
             watch(tokens)
-        if step == steps - 1:
-            break
         if watch or step % 8 == 7:  # now and then, the finished leave the batch
             going = (tokens != end).nonzero()[:, 0]
             if not len(going):
                 break
-            live, tokens, lengths, first_column = (part[going] for part in (live, tokens, lengths, first_column))
-            for cache in caches:
-                cache.keep(going)
-        for cache in caches:
-            cache.slots, cache.column = None, width + step
-        mask = (columns[: width + step + 1] >= first_column[:, None])[:, None, None]  # (S, 1, 1, columns)
-        hidden = model(tokens[:, None], (lengths + step)[:, None], mask, caches)[:, 0]
+            if len(going) < len(tokens):
+                live, tokens, lengths = live[going], tokens[going], lengths[going]
+                layout.keep(going, caches)
+        if step < steps - 1:
+            layout.step(step)
+            hidden = model(tokens[:, None], (lengths + step)[:, None], None, caches=caches)[:, 0]
     return output.cpu()
 
 

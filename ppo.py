@@ -17,6 +17,7 @@ makes several passes over the answers.
     python ppo.py --init sft.pt --data pairs.pt --steps 32 --save ppo_all.pt    # a baseline: PPO from SFT
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -139,11 +140,12 @@ class Rollout:
 
 @torch.no_grad()
 def roll_out(
-    settings: Settings, prompts: list[Tensor], end: int, seed: int, policy: GPT, reference: GPT, reward: RewardModel,
-    critic: RewardModel,
+    settings: Settings, prompts: list[Tensor], minibatches: list[Tensor], end: int, seed: int, policy: GPT,
+    reference: GPT, reward: RewardModel, critic: RewardModel,
 ) -> Rollout:  # fmt: skip
-    """Answers the prompts and scores the answers. Log-probs come from the packed forward that the updates use too,
-    not from generation, whose different arithmetic would put the first ratio further from 1."""
+    """Answers the prompts and scores the answers. Log-probs come from the packed forward of the updates, in the first
+    pass's `minibatches` (numbers of prompts), so that the first ratio is 1 to the last digit, whatever the precision;
+    not from generation, whose arithmetic differs."""
     device = policy.embedding.weight.device
     responses = generate(policy, prompts, end, settings.max_new_tokens, settings.temperature, seed)
     documents = list(zip(prompts, responses, strict=True))
@@ -151,12 +153,14 @@ def roll_out(
     ended = torch.tensor([bool(response[-1] == end) for response in responses], device=device)
     logprobs, reference_logprobs, values = torch.zeros(3, len(prompts), int(lengths.max()), device=device)
     scores = torch.zeros(len(prompts), device=device)
-    for batch in pack(documents, device):
-        at = batch.members[batch.sequence], batch.offset
-        logprobs[at] = policy.logprobs(batch, settings.temperature)[0]
-        reference_logprobs[at] = reference.logprobs(batch, settings.temperature)[0]
-        values[at] = critic.read(batch, batch.source)  # the state before the action, where nothing is known of it
-        scores[batch.members] = reward.score(batch)
+    for rows in minibatches:
+        for batch in pack([documents[row] for row in rows.tolist()], device):
+            members = rows.to(device)[batch.members]
+            at = members[batch.sequence], batch.offset
+            logprobs[at] = policy.logprobs(batch, settings.temperature)[0]
+            reference_logprobs[at] = reference.logprobs(batch, settings.temperature)[0]
+            values[at] = critic.read(batch, batch.source)  # the state before the action, where nothing is known of it
+            scores[members] = reward.score(batch)
     known = (summed(part) for part in (logprobs, reference_logprobs, values, scores))
     return Rollout(documents, *known, lengths, ended)
 
@@ -236,20 +240,22 @@ def main() -> None:
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
     training = Training(settings, len(pairs), policy=policy, critic=critic, optimizer=optimizer)
     for step, indices in training:
-        # 3. Sample and score one batch of answers.
-        prompts = [pairs[index][0] for index in indices]
-        seed = mixed_seed(settings.seed, step)
-        rollout = roll_out(settings, prompts, tokenizer.end, seed, policy, reference, reward, critic)
+        # 3. Sample and score one batch of answers. Several passes will go over it, each shuffled and cut anew.
+        prompts, seed = [pairs[index][0] for index in indices], mixed_seed(settings.seed, step)
+        shuffle = torch.Generator().manual_seed(seed)
+        passes = [
+            torch.randperm(len(prompts), generator=shuffle).split(settings.minibatch_size)
+            for _ in range(settings.ppo_epochs)
+        ]
+        rollout = roll_out(settings, prompts, passes[0], tokenizer.end, seed, policy, reference, reward, critic)
         training.require_finite("reward", *rollout.scores.tolist())
         advantages, returns = advantages_and_returns(settings, rollout)
 
-        # 4. Several passes over it, each shuffled and cut into minibatches.
-        shuffle = torch.Generator().manual_seed(seed)
+        # 4. An update for each minibatch of each pass.
         history, grad_norms = [], []
-        for _ in range(settings.ppo_epochs):
-            for rows in torch.randperm(len(prompts), generator=shuffle).split(settings.minibatch_size):
-                history.append(update(settings, rollout, rows, advantages, returns, policy, critic))
-                grad_norms.append(training.optimizer_step(optimizer))
+        for rows in itertools.chain(*passes):
+            history.append(update(settings, rollout, rows, advantages, returns, policy, critic))
+            grad_norms.append(training.optimizer_step(optimizer))
 
         metrics = {name: sum(float(one[name]) for one in history) / len(history) for name in history[0]}
         metrics |= rollout_metrics(rollout, returns, tokenizer, pairs.source)

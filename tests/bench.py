@@ -114,7 +114,7 @@ def batches(pairs: Pairs, arguments: argparse.Namespace) -> list[list[tuple]]:
 def ours(work: str, folder: Path, arguments: argparse.Namespace) -> dict:
     """Runs the stage; the clock runs from when its files are loaded to when it saves."""
     common = f"--out {folder} --device cpu --dtype {arguments.dtype} --save {work}_ours.pt --seed 0".split()
-    training = f"--lr {LR} --warmup 0 --decay constant --steps {arguments.steps}".split()
+    training = f"--lr {LR} --warmup 0 --decay constant --save-every 0 --steps {arguments.steps}".split()
     flags = {
         "reward": ["--batch-size", str(arguments.batch_size)],
         "dpo": ["--batch-size", str(arguments.batch_size), "--data", "pairs.pt"],
@@ -144,7 +144,7 @@ def ours(work: str, folder: Path, arguments: argparse.Namespace) -> dict:
 
 def ours_sft(folder: Path, arguments: argparse.Namespace) -> dict:
     """SFT's loop, whose main would read text."""
-    settings = model.Settings(out=str(folder), dtype=arguments.dtype, save="sft_ours.pt", lr=LR, warmup=0.0,
+    settings = model.Settings(out=str(folder), dtype=arguments.dtype, save="sft_ours.pt", save_every=0, lr=LR, warmup=0.0,
                               decay="constant", steps=arguments.steps, batch_size=arguments.batch_size)  # fmt: skip
     pairs, (policy, _) = load_pairs(settings, "pairs.pt"), load_model(settings, "sft.pt", GPT)
     start, losses, device = time.perf_counter(), [], torch.device("cpu")

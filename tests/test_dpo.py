@@ -25,10 +25,10 @@ def plain_logprobs(policy, prompt, response):
     return before.log_softmax(-1).gather(1, response[:, None])[:, 0]
 
 
-def all_logprobs(policy, documents, mean=False, rows_per_pass=None):
+def all_logprobs(policy, documents, mean=False, tokens_per_pass=0):
     """pair_logprobs of all documents, in their order: [n, 2]."""
     result = torch.empty(len(documents), 2)
-    for batch in pack(documents, CPU, rows_per_pass):
+    for batch in pack(documents, CPU, tokens_per_pass):
         result[batch.members] = pair_logprobs(policy, batch, mean)
     return result
 
@@ -88,18 +88,18 @@ def test_pair_logprobs_equal_the_sums_or_means_of_plain_sequences(policy, docume
 
 
 def test_gradient_does_not_depend_on_passes_or_packing(policy, documents):
-    """All in one pass, a row per pass, a document per pass, documents in another order and with sides in two rows."""
+    """All in one pass, a document per pass, a document per batch, documents in another order."""
     torch.manual_seed(0)
     reference = all_logprobs(policy, documents).detach() + torch.randn(9, 2) * 5
     assert len(list(pack(documents, CPU))) == 1
-    assert len(list(pack(documents, CPU, rows_per_pass=1))) > 1
-    cuts = [([list(range(9))], None), ([list(range(9))], 1), ([[index] for index in range(9)], None)]
-    cuts.append(([[8, 3, 1, 5], [0, 2, 7], [6, 4]], None))
+    assert len(list(pack(documents, CPU, tokens_per_pass=1))) > 1
+    cuts = [([list(range(9))], 0), ([list(range(9))], 1), ([[index] for index in range(9)], 0)]
+    cuts.append(([[8, 3, 1, 5], [0, 2, 7], [6, 4]], 0))
     gradients = []
-    for groups, rows_per_pass in cuts:
+    for groups, tokens_per_pass in cuts:
         policy.zero_grad()
         for group in groups:
-            for batch in pack([documents[index] for index in group], CPU, rows_per_pass):
+            for batch in pack([documents[index] for index in group], CPU, tokens_per_pass):
                 members = torch.tensor(group)[batch.members]
                 logratios = pair_logprobs(policy, batch, False) - reference[members]
                 (dpo_loss(*logratios.unbind(1), 0.1).sum() / 9).backward()

@@ -597,10 +597,10 @@ def plain_logprobs(policy, prompt, response):
     return logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(-1, response[:, None])[:, 0]
 
 
-def packed_logprobs(policy, documents, rows_per_pass=None):
+def packed_logprobs(policy, documents, tokens_per_pass=0):
     """For each document, the log-probs of each of its responses, all packed together."""
     result = [None] * len(documents)
-    for batch in pack(documents, CPU, rows_per_pass):
+    for batch in pack(documents, CPU, tokens_per_pass):
         logprobs, _ = policy.logprobs(batch)
         pieces = iter(logprobs.split(batch.sequence.bincount().tolist()))
         for member in batch.members.tolist():
@@ -637,12 +637,12 @@ def test_changing_one_document_leaves_the_others_alone(policy, documents):
             close(after[place][1], before[place][1], 1e-6)  # the sibling has not moved either
 
 
-def test_gradients_do_not_depend_on_rows_per_pass(policy, documents):
+def test_gradients_do_not_depend_on_the_size_of_a_pass(policy, documents):
     many = documents * 3
     gradients = []
-    for rows_per_pass in (1, 2, 100):
+    for tokens_per_pass in (1, 300, 10**6):
         policy.zero_grad()
-        batches = list(pack(many, CPU, rows_per_pass))
+        batches = list(pack(many, CPU, tokens_per_pass))
         for batch in batches:
             (policy.logprobs(batch)[0] * batch.offset.cos()).sum().backward()
         gradients.append((len(batches), [parameter.grad.clone() for parameter in policy.parameters()]))
@@ -669,12 +669,12 @@ def test_packed_rows_by_hand():
     assert batch.members.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("rows_per_pass", [None, 1, 2])
-def test_packing_loses_and_invents_nothing(documents, rows_per_pass):
+@pytest.mark.parametrize("tokens_per_pass", [0, 1, 100, 400])
+def test_packing_loses_and_invents_nothing(documents, tokens_per_pass):
     """Every document is in one batch once, and the index lists lead to its tokens."""
     many, seen = documents * 4, []
-    for batch in pack(many, CPU, rows_per_pass):
-        assert rows_per_pass is None or len(batch.tokens) <= rows_per_pass
+    for batch in pack(many, CPU, tokens_per_pass):
+        assert not tokens_per_pass or len(batch.members) == 1 or (batch.document >= 0).sum() <= tokens_per_pass
         used = sum(len(part) for member in batch.members.tolist() for part in many[member])
         assert (batch.document >= 0).sum() == used <= batch.tokens.numel()
         tokens, positions, branch = (part.flatten() for part in (batch.tokens, batch.positions, batch.branch))
@@ -739,7 +739,7 @@ def test_dense_mask_is_the_rule_token_by_token():
 @pytest.mark.parametrize("longest", [30, 310])
 def test_flex_attention_equals_the_dense_mask(policy, documents, longest):
     """Bare attention on random queries, and the whole GPT; rows of 256 and of a length that no block divides."""
-    batch = next(pack([*documents, (torch.arange(longest) % 97, torch.arange(5))], CPU, 2))
+    batch = next(pack([*documents, (torch.arange(longest) % 97, torch.arange(5))], CPU))
     rows, length = batch.tokens.shape
     block_mask = create_block_mask(visibility(batch.document, batch.branch), rows, None, length, length, device="cpu")
     generator = torch.Generator().manual_seed(0)
@@ -747,7 +747,7 @@ def test_flex_attention_equals_the_dense_mask(policy, documents, longest):
     with torch.no_grad():
         flex = flex_attention(query, key, value, block_mask=block_mask, enable_gqa=True)
         close(flex, F.scaled_dot_product_attention(query, key, value, attn_mask=batch.mask, enable_gqa=True))
-        close(policy(batch.tokens, batch.positions, block_mask).flatten(0, 1), policy.hidden(batch))
+        close(policy(batch.tokens, batch.positions, block_mask), policy(batch.tokens, batch.positions, batch.mask))
 
 
 # ---- The GPT ----
@@ -844,9 +844,9 @@ def run_plain(hidden, weight, targets, grad, temperature=1.0):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
-@pytest.mark.parametrize("chunk", [1, 7, 25, 1000])
-def test_kernel_equals_log_softmax_and_gather(chunk, temperature, monkeypatch):
-    monkeypatch.setattr(model, "CHUNK_LOGITS", chunk * V)
+@pytest.mark.parametrize("tile", [(1, 1000), (7, 10), (25, 1), (1000, 1000)])
+def test_kernel_equals_log_softmax_and_gather(tile, temperature, monkeypatch):
+    monkeypatch.setitem(model.TILES, "cpu", tile)
     inputs = kernel_inputs()
     for result, expected in zip(run_kernel(*inputs, temperature), run_plain(*inputs, temperature), strict=True):
         assert result.dtype == torch.float32
@@ -862,29 +862,32 @@ def test_kernel_stands_large_logits():
         close(result, wanted.float(), 2e-4)
 
 
-def test_kernel_does_not_depend_on_the_chunk_size(monkeypatch):
+def test_kernel_does_not_depend_on_the_tiles(monkeypatch):
     reference = run_kernel(*kernel_inputs())
-    for chunk_logits in (1, V, 7 * V + 3, 49 * V):
-        monkeypatch.setattr(model, "CHUNK_LOGITS", chunk_logits)
+    for tile in ((1, 1), (1, V), (7, 13), (49, V - 1)):
+        monkeypatch.setitem(model.TILES, "cpu", tile)
         for result, expected in zip(run_kernel(*kernel_inputs()), reference, strict=True):
             close(result, expected)
 
 
-def test_kernel_never_makes_more_logits_than_a_chunk(monkeypatch):
-    sizes = {"logprob_chunk": [], "gradient_chunk": []}
+def test_kernel_never_makes_more_logits_than_a_tile(monkeypatch):
+    sizes = {"logprob_tile": [], "gradient_tile": []}
     for name, seen in sizes.items():
         whole = getattr(model, name)
-        monkeypatch.setattr(
-            model, name, lambda h, *rest, whole=whole, seen=seen: seen.append(len(h)) or whole(h, *rest)
-        )
-    monkeypatch.setattr(model, "CHUNK_LOGITS", 8 * V)
+
+        def watched(hidden, matrix, *rest, whole=whole, seen=seen):
+            seen.append((len(hidden), len(matrix)))
+            return whole(hidden, matrix, *rest)
+
+        monkeypatch.setattr(model, name, watched)
+    monkeypatch.setitem(model.TILES, "cpu", (20, 60))
     run_kernel(*kernel_inputs())
     for seen in sizes.values():
-        assert seen == [8, 8, 8, 8, 8, 8, 2]
+        assert seen == [(length, width) for length in (20, 20, 10) for width in (60, 37)]
 
 
 def test_compiled_kernel_equals_the_plain_one(monkeypatch):
-    monkeypatch.setattr(model, "CHUNK_LOGITS", 14 * V)  # three chunks of 14 and one of 8
+    monkeypatch.setitem(model.TILES, "cpu", (14, 40))
     inputs = kernel_inputs()
     for result, expected in zip(run_kernel(*inputs, 0.7, True), run_kernel(*inputs, 0.7, False), strict=True):
         close(result, expected)

@@ -70,7 +70,10 @@ def roll(monkeypatch, prompts, responses, policy, reference, reward_model, criti
 
     def make(settings=None, reference=reference, answers=responses):
         monkeypatch.setattr(ppo, "generate", lambda *_: answers)
-        return roll_out(settings or make_settings(), prompts, END, 0, policy, reference, reward_model, critic)
+        minibatches = torch.arange(len(prompts)).split(3)
+        return roll_out(
+            settings or make_settings(), prompts, minibatches, END, 0, policy, reference, reward_model, critic
+        )
 
     return make
 
@@ -234,7 +237,7 @@ def test_3_in_the_first_minibatch_the_ratio_is_1(
 ):
     """Sampled for real. Old and reference log-probs are those of the sampling temperature, by a plain forward."""
     settings = make_settings(temperature=temperature)
-    rollout = roll_out(settings, prompts, END, 0, policy, reference, reward_model, critic)
+    rollout = roll_out(settings, prompts, [torch.arange(len(prompts))], END, 0, policy, reference, reward_model, critic)
     advantages, returns = advantages_and_returns(settings, rollout)
     for rows in torch.tensor([[3, 1, 6], [0, 2, 7]]):
         totals = update(settings, rollout, rows, advantages, returns, policy, critic)
@@ -367,16 +370,16 @@ def test_8_the_gradient_does_not_depend_on_the_passes(monkeypatch, roll, policy,
         assert many_totals[name].item() == pytest.approx(one_totals[name].item(), rel=1e-4, abs=1e-6)
 
 
-def test_8_the_gradient_does_not_depend_on_rows_per_pass(monkeypatch, roll, policy, critic):
-    """Long prompts, so that the eight answers need several rows of 256 tokens."""
+def test_8_the_gradient_does_not_depend_on_the_size_of_a_pass(monkeypatch, roll, policy, critic):
+    """All answers in one pass, and a pass for each."""
     settings, rollout, advantages, returns = off_policy(roll, policy, critic)
     generator = torch.Generator().manual_seed(7)
     long = [torch.randint(0, END, (100,), generator=generator) for _ in range(8)]
     rollout.documents = [(prompt, answer) for prompt, (_, answer) in zip(long, rollout.documents, strict=True)]
     assert len(list(pack(rollout.documents, CPU, 1))) > len(list(pack(rollout.documents, CPU))) == 1
     found = []
-    for rows_per_pass in (None, 1):
-        monkeypatch.setattr(ppo, "pack", lambda documents, device, rows=rows_per_pass: pack(documents, device, rows))
+    for size in (0, 1):
+        monkeypatch.setattr(ppo, "pack", lambda documents, device, size=size: pack(documents, device, size))
         update(settings, rollout, torch.arange(8), advantages, returns, policy, critic)
         found.append(gradients(policy, critic))
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)

@@ -291,7 +291,7 @@ def test_packed_logprobs_equal_log_softmax_of_transformers_logits(changes, tempe
     policy = imported(theirs, tmp_path)
     documents = [(prompt, *random_ids(30, 9, seed=len(prompt))) for prompt in PROMPTS]
     checked = 0
-    for batch in pack(documents, CPU, rows_per_pass=1):
+    for batch in pack(documents, CPU, tokens_per_pass=1):
         with torch.no_grad():
             pieces = iter(policy.logprobs(batch, temperature)[0].split(batch.sequence.bincount().tolist()))
         for prompt, *responses in (documents[member] for member in batch.members.tolist()):

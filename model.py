@@ -831,7 +831,7 @@ def fill_rows(sizes: list[int], some: list[int], device: torch.device) -> tuple[
             used, row, members = rows[0]
             heapq.heapreplace(rows, (used + sizes[index], row, [*members, index]))
         length = -(-max(rows)[0] // step) * step
-        cost = count * length * (2048 + length)  # of all else in a layer, and of attention
+        cost = count * length * (512 + length)  # of all else in a layer, and of attention
         best = min(best, (cost, [members for _, _, members in rows], length))
     return best[1:]
 

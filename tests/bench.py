@@ -9,8 +9,9 @@ Three ways of doing one work, on the same weights, token ids, batches, optimiser
 
     ours    the stage's own main
     plain   padded batches in which each response carries its own prompt, whole logits, a second model as the reference,
-            generation that computes everything again for each token; written here
-    trl     TRL's trainers and transformers' generate, where they are installed (PPO: a TRL that still has it)
+            generation with a padded cache; written here
+    trl     TRL's trainers and transformers' generate, where they are installed: trl 1.11 is the last one with PPO;
+            for the kernel, torch's linear_cross_entropy, chunked
 
 Every measurement is a process of its own; memory is the peak of that process, and `beyond` what of it came on top of
 the libraries. Losses are printed side by side: they show that the same thing is computed. Machines are noisy: only
@@ -18,6 +19,7 @@ ratios within one run count, and each is the middle of --repeats runs.
 """
 
 import argparse
+import contextlib
 import importlib
 import itertools
 import json
@@ -36,6 +38,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model
+import ppo
 from model import (  # fmt: skip
     GPT,
     Config,
@@ -46,6 +49,7 @@ from model import (  # fmt: skip
     generate,
     load_model,
     load_pairs,
+    sample,
     save_model,
     settle,
     token_logprobs,
@@ -68,13 +72,15 @@ PPO = {"prompts": 32, "new_tokens": 64, "epochs": 4, "minibatch": 32}
 
 def prepare(folder: Path, arguments: argparse.Namespace) -> None:
     """Writes the files that every way reads."""
-    vocabulary, *shape = SHAPES[arguments.shape]
+    vocabulary, *shape = arguments.numbers or SHAPES[arguments.shape]
     generator = torch.Generator().manual_seed(0)
     count = arguments.batch_size * arguments.steps
     if arguments.data:
-        settings = model.Settings(data=arguments.data, limit=4 * count, test_share=0.01)
+        settings = model.Settings(data=arguments.data, limit=4 * count, test_share=0.1)
         settle(settings, pretrained=False)
         lengths = model.read_pairs(settings)[0].lengths[:count]
+    elif arguments.lengths:
+        lengths = torch.tensor([arguments.lengths]).repeat(count, 1)
     else:  # drawn like the lengths of HH-RLHF's harmless pairs: on average 94, 31 and 38 tokens
         means, spreads = torch.tensor([75.0, 24.0, 28.0]).log(), torch.tensor([0.65, 0.7, 0.75])
         lengths = (means + spreads * torch.randn(count, 3, generator=generator)).exp().long()
@@ -133,10 +139,8 @@ def ours(work: str, folder: Path, arguments: argparse.Namespace) -> dict:
         stage.score_pairs = lambda *given: clock.setdefault("end", time.perf_counter()) and torch.zeros(1, 2)
         stage.report = lambda *given: None
     sys.argv = [f"{work}.py", *common, *training, *flags[work]]
-    with open(os.devnull, "w") as nowhere:
-        sys.stdout, sys.stderr, out, err = nowhere, nowhere, sys.stdout, sys.stderr
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         stage.main()
-        sys.stdout, sys.stderr = out, err
     losses = [json.loads(line)["loss"] for line in (folder / f"{work}_ours.jsonl").read_text().splitlines()]
     units = arguments.steps * (PPO["prompts"] if work == "ppo" else arguments.batch_size)
     return {"seconds": clock["end"] - clock["start"], "units": units, "losses": losses}
@@ -144,8 +148,10 @@ def ours(work: str, folder: Path, arguments: argparse.Namespace) -> dict:
 
 def ours_sft(folder: Path, arguments: argparse.Namespace) -> dict:
     """SFT's loop, whose main would read text."""
-    settings = model.Settings(out=str(folder), dtype=arguments.dtype, save="sft_ours.pt", save_every=0, lr=LR, warmup=0.0,
-                              decay="constant", steps=arguments.steps, batch_size=arguments.batch_size)  # fmt: skip
+    settings = model.Settings(
+        out=str(folder), dtype=arguments.dtype, save="sft_ours.pt", save_every=0, lr=LR, warmup=0.0, decay="constant",
+        steps=arguments.steps, batch_size=arguments.batch_size,
+    )  # fmt: skip
     pairs, (policy, _) = load_pairs(settings, "pairs.pt"), load_model(settings, "sft.pt", GPT)
     start, losses, device = time.perf_counter(), [], torch.device("cpu")
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -172,6 +178,42 @@ def padded(sequences: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, t
     real = torch.arange(length) < torch.tensor([len(sequence) for sequence in sequences])[:, None]
     mask = torch.ones(length, length, dtype=torch.bool).tril() & real[:, None, None, :]
     return tokens, torch.arange(length).expand_as(tokens), mask
+
+
+class PlainCache:
+    """One layer's keys and values, which grow by a column a step, padding included."""
+
+    def store(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        old = getattr(self, "kept", (key[:, :, :0], value[:, :, :0]))
+        self.kept = tuple(torch.cat(pair, 2) for pair in zip(old, (key, value), strict=True))
+
+    def attend(self, query: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(query, *self.kept, attn_mask=self.mask, enable_gqa=True)
+
+
+@torch.no_grad()
+def plain_generate(gpt: GPT, prompts: list[torch.Tensor], end: int, new: int, seed: int = 0) -> list[torch.Tensor]:
+    """What `generate` samples, for a batch padded on the left."""
+    width = max(map(len, prompts))
+    tokens = torch.stack([F.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
+    padding = torch.tensor([width - len(prompt) for prompt in prompts])[:, None]
+    columns = torch.arange(width + new)
+    real = (columns >= padding)[:, None, None]
+    mask = (torch.ones(width, width, dtype=torch.bool).tril() & real[..., :width]) | torch.eye(width, dtype=torch.bool)
+    noise = torch.rand(len(prompts), new, generator=torch.Generator().manual_seed(seed))
+    caches, drawn = [PlainCache() for _ in gpt.blocks], []
+    with gpt.precision():
+        hidden = gpt(tokens, (columns[:width] - padding).clamp(0), mask, None, caches)[:, -1]
+        for step in range(new):
+            logits = hidden.to(gpt.activations) @ gpt.vocabulary_weight.to(gpt.activations).T
+            drawn.append(sample(logits, noise[:, step], 1.0))
+            for cache in caches:
+                cache.mask = real[..., : width + step + 1]
+            if step < new - 1:
+                hidden = gpt(drawn[-1][:, None], width + step - padding, None, None, caches)[:, 0]
+    rows = torch.stack(drawn, 1)
+    ends = [(row == end).nonzero()[:1] for row in rows]
+    return [row[: place + 1] if len(place) else row for row, place in zip(rows, ends, strict=True)]
 
 
 def plain_hidden(gpt: GPT, sequences: list[torch.Tensor]) -> torch.Tensor:
@@ -222,7 +264,97 @@ def plain(work: str, folder: Path, arguments: argparse.Namespace) -> dict:
     return {"seconds": time.perf_counter() - start, "units": len(pairs), "losses": losses}
 
 
+def plain_ppo(folder: Path, arguments: argparse.Namespace) -> dict:
+    """PPO with the stage's formulas, on padded batches and whole logits; its answers are the stage's in fp32."""
+    settings = ppo.Settings(out=str(folder), dtype=arguments.dtype)
+    pairs, (policy, tokenizer) = load_pairs(settings, "pairs.pt"), load_model(settings, "sft.pt", GPT)
+    reference, _ = load_model(settings, "sft.pt", GPT)
+    reward, critic = (load_model(settings, "reward.pt", RewardModel)[0] for _ in range(2))
+    settle(settings, pretrained=False)
+    parameters = [*policy.parameters(), *critic.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
+    start, losses = time.perf_counter(), []
+
+    def read(scored: RewardModel, places: list[slice]) -> torch.Tensor:
+        hidden = plain_hidden(scored.trunk, sequences)
+        values = [scored.head(row[place].float())[:, 0] for row, place in zip(hidden, places, strict=True)]
+        return pad_sequence(values, batch_first=True)
+
+    for step in range(arguments.steps):
+        indices, seed = batch_indices(len(pairs), PPO["prompts"], step, 0), model.mixed_seed(0, step)
+        prompts = [pairs[index][0] for index in indices]
+        responses = plain_generate(policy, prompts, tokenizer.end, PPO["new_tokens"], seed)
+        sequences = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
+        before = [slice(len(p) - 1, len(p) + len(r) - 1) for p, r in zip(prompts, responses, strict=True)]
+        with torch.no_grad():
+            logprobs, theirs = (
+                pad_sequence(plain_logprobs(one, prompts, responses), batch_first=True) for one in (policy, reference)
+            )
+            values = read(critic, before)
+            scores = read(reward, [slice(len(row) - 1, len(row)) for row in sequences])[:, 0]
+        lengths = torch.tensor([len(response) for response in responses])
+        ended = torch.tensor([bool(response[-1] == tokenizer.end) for response in responses])
+        rollout = ppo.Rollout([], logprobs, theirs, values, scores, lengths, ended)
+        advantages, returns = ppo.advantages_and_returns(settings, rollout)
+        history, real = [], rollout.real
+        for _ in range(PPO["epochs"]):
+            new_logprobs = torch.cat(plain_logprobs(policy, prompts, responses))
+            policy_losses = ppo.ppo_loss(new_logprobs, logprobs[real], advantages[real], settings.clip_ratio)
+            new_values = read(critic, before)[real]
+            value_losses = ppo.value_loss(new_values, values[real], returns[real], settings.clip_value)
+            loss = (policy_losses + settings.value_coefficient * value_losses).mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            history.append(loss.item())
+        losses.append(sum(history) / len(history))
+    return {"seconds": time.perf_counter() - start, "units": arguments.steps * PPO["prompts"], "losses": losses}
+
+
 # ---- TRL and transformers ----
+
+
+def trl_ppo(folder: Path, arguments: argparse.Namespace) -> dict:
+    """TRL's last PPO trainer (trl 1.11 has it, 1.13 not). Its answers are others than ours: it draws otherwise."""
+    import datasets
+    import transformers
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    settings = ppo.Settings(out=str(folder))
+    settle(settings, pretrained=False)
+    pairs = load_pairs(settings, "pairs.pt")
+    policy, reference = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder / "sft", dtype=torch.float32) for _ in range(2)
+    )
+    reward, value = (
+        transformers.AutoModelForSequenceClassification.from_pretrained(folder / "reward", dtype=torch.float32)
+        for _ in range(2)
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "sft", padding_side="left")
+    tokenizer.pad_token = "<pad>"
+    config = PPOConfig(
+        output_dir=str(folder / "trl"), per_device_train_batch_size=PPO["prompts"], num_mini_batches=1,
+        num_ppo_epochs=PPO["epochs"], total_episodes=PPO["prompts"] * arguments.steps,
+        response_length=PPO["new_tokens"], local_rollout_forward_batch_size=PPO["prompts"], num_sample_generations=0,
+        stop_token="eos", missing_eos_penalty=settings.missing_eos_penalty, kl_coef=settings.kl_coefficient,
+        cliprange=settings.clip_ratio, cliprange_value=settings.clip_value, vf_coef=settings.value_coefficient,
+        gamma=settings.gamma, lam=settings.gae_lambda, temperature=1.0, learning_rate=LR,
+        lr_scheduler_type="constant", weight_decay=0.0, adam_beta2=0.95, logging_steps=1, save_strategy="no",
+        report_to=[], use_cpu=True, disable_tqdm=True, gradient_checkpointing=False, bf16=arguments.dtype == "bf16",
+    )  # fmt: skip
+    indices = [index for step in range(arguments.steps) for index in batch_indices(len(pairs), PPO["prompts"], step, 0)]
+    dataset = datasets.Dataset.from_list([{"input_ids": pairs[index][0].tolist()} for index in indices])
+    trainer = PPOTrainer(config, tokenizer, policy, reference, reward, dataset, value, eval_dataset=dataset)
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    losses = [
+        entry["loss/policy_avg"] + settings.value_coefficient * entry["loss/value_avg"]
+        for entry in trainer.state.log_history
+        if "loss/policy_avg" in entry
+    ]
+    return {"seconds": seconds, "units": len(indices), "losses": losses}
 
 
 def trl(work: str, folder: Path, arguments: argparse.Namespace) -> dict:
@@ -298,13 +430,8 @@ def generation(way: str, folder: Path, arguments: argparse.Namespace) -> dict:
         start = time.perf_counter()
         generate(policy, prompts, -1, new)
     else:
-        start, sequences = time.perf_counter(), list(prompts)
-        for _ in range(new):
-            hidden = plain_hidden(policy, sequences)
-            last = torch.stack([row[len(one) - 1] for row, one in zip(hidden, sequences, strict=True)])
-            logits = (last.to(policy.activations) @ policy.vocabulary_weight.to(policy.activations).T).float()
-            drawn = torch.multinomial(logits.softmax(-1), 1)
-            sequences = [torch.cat(pair) for pair in zip(sequences, drawn, strict=True)]
+        start = time.perf_counter()
+        plain_generate(policy, prompts, -1, new)
     return {"seconds": time.perf_counter() - start, "units": len(prompts) * new, "losses": []}
 
 
@@ -341,6 +468,8 @@ def kernel(way: str, folder: Path, arguments: argparse.Namespace) -> dict:
 
 def measure(work: str, way: str, folder: Path, arguments: argparse.Namespace) -> dict:
     """One measurement, in this process."""
+    import torch._dynamo  # noqa: F401 (AdamW imports it when it is made: seconds that are not training)
+
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if work == "generate":
         result = generation(way, folder, arguments)
@@ -348,6 +477,8 @@ def measure(work: str, way: str, folder: Path, arguments: argparse.Namespace) ->
         result = kernel(way, folder, arguments)
     elif way == "ours":
         result = ours_sft(folder, arguments) if work == "sft" else ours(work, folder, arguments)
+    elif work == "ppo":
+        result = {"plain": plain_ppo, "trl": trl_ppo}[way](folder, arguments)
     else:
         result = {"plain": plain, "trl": trl}[way](work, folder, arguments)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -373,13 +504,10 @@ def compare(arguments: argparse.Namespace, flags: list[str]) -> None:
     print(f"{'work':10s} {'dtype':5s} {'way':6s} {'speed':>20s} {'ours is':>9s} {'peak':>8s} {'beyond':>8s}  losses")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with open(os.devnull, "w") as nowhere:
-            out, sys.stdout = sys.stdout, nowhere
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             prepare(folder, arguments)
-            sys.stdout = out
         for work, dtype in itertools.product(arguments.work, arguments.dtypes):
-            ways = [way for way in arguments.ways if way != "plain" or work != "ppo"]
-            ways = [way for way in ways if way != "trl" or work == "kernel" or (libraries and work != "ppo")]
+            ways = [way for way in arguments.ways if way != "trl" or work == "kernel" or libraries]
             runs = {way: [] for way in ways}
             for _ in range(arguments.repeats):
                 for way in ways:  # in turn, so that a slow minute of the machine hits all
@@ -397,6 +525,35 @@ def compare(arguments: argparse.Namespace, flags: list[str]) -> None:
                       f"{last['beyond_mb']:6.0f}MB  {losses}", flush=True)  # fmt: skip
 
 
+def scaling(arguments: argparse.Namespace) -> None:
+    """How time and memory of a DPO step grow as each of four sizes is doubled twice."""
+    base = {"pairs": 16, "lengths": (128, 32, 32), "vocabulary": 8192, "width": 256}
+    print(f"DPO, 4 blocks, {arguments.steps} steps, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print("state: weights, gradients and moments, 16 bytes a parameter; logits: one copy of the whole, never held")
+    print(
+        f"{'doubled':12s} {'to':>6s} {'tokens/step':>11s} {'s/step':>7s} {'state':>8s} {'beyond it':>9s} {'logits':>8s}"
+    )
+    for name, factor in itertools.product(base, (1, 2, 4)):
+        grown = base[name]
+        grown = tuple(factor * part for part in grown) if name == "lengths" else factor * grown
+        sizes = {**base, name: grown}
+        width = sizes["width"]
+        numbers = [sizes["vocabulary"], width, 4, width // 64, width // 64, 3 * width]
+        flags = ["--numbers", *map(str, numbers), "--lengths", *map(str, sizes["lengths"])]
+        flags += ["--batch-size", str(sizes["pairs"]), "--steps", str(arguments.steps)]
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, __file__, *flags, "--one", "prepare", "ours", folder]
+            subprocess.run(command, check=True, capture_output=True)
+            result = in_a_process("dpo", "ours", arguments.dtype, Path(folder), flags)
+        parameters = sizes["vocabulary"] * width + 4 * (4 * width**2 + 9 * width**2)
+        tokens, responses = sizes["pairs"] * sum(sizes["lengths"]), sizes["pairs"] * sum(sizes["lengths"][1:])
+        state, logits = 16 * parameters / 2**20, 4 * responses * sizes["vocabulary"] / 2**20
+        value = str(sum(sizes["lengths"]) if name == "lengths" else sizes[name])
+        seconds, beyond = result["seconds"] / arguments.steps, result["beyond_mb"] - state
+        print(f"{name:12s} {value:>6s} {tokens:11,d} {seconds:7.2f} {state:6.0f}MB {beyond:7.0f}MB {logits:6.0f}MB",
+              flush=True)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", nargs="+", choices=WORKS, default=list(WORKS))
@@ -408,12 +565,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--data", help="rows whose lengths are taken; default: lengths drawn like those of HH-RLHF")
     parser.add_argument("--compile", action="store_true", help="compile our log-prob kernel")
+    parser.add_argument("--scaling", action="store_true", help="instead of the table: how a DPO step's cost grows")
+    parser.add_argument("--numbers", nargs=6, type=int, help=argparse.SUPPRESS)  # a shape, and fixed lengths
+    parser.add_argument("--lengths", nargs=3, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--one", nargs=3, metavar=("WORK", "WAY", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.dtype = arguments.dtypes[0]
     if arguments.one:
         work, way, folder = arguments.one
-        print(json.dumps(measure(work, way, Path(folder), arguments)))
+        if work == "prepare":
+            prepare(Path(folder), arguments)
+        else:
+            print(json.dumps(measure(work, way, Path(folder), arguments)))
+    elif arguments.scaling:
+        scaling(arguments)
     else:
         compare(arguments, list(sys.argv[1:]))
 

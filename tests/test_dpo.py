@@ -160,6 +160,22 @@ def test_every_pair_is_compared_with_its_own_reference(monkeypatch, tmp_path, po
     assert [line["margin"] for line in log] == pytest.approx([0.0] * 5, abs=1e-5)
 
 
+@pytest.mark.parametrize("flags", [["--dtype", "fp32"], ["--dtype", "bf16"], ["--grad-checkpoint"]], ids=" ".join)
+def test_the_first_pass_begins_at_ln_2_to_the_last_digit(monkeypatch, tmp_path, policy, documents, flags):
+    """In every mode, since the reference went through the same batches; the third runs over into a second pass."""
+    log = run_dpo(monkeypatch, tmp_path, policy, documents, "--lr", "0", *flags)
+    assert [line["margin"] for line in log[:2]] == [0.0, 0.0]
+    assert [line["loss"] for line in log[:2]] == pytest.approx([math.log(2)] * 2, abs=1e-7)
+    assert [line["margin"] for line in log] == pytest.approx([0.0] * 5, abs=0.1)
+
+
+def test_only_the_pairs_to_come_are_scored_by_the_reference(monkeypatch, tmp_path, policy, documents):
+    seen = []
+    monkeypatch.setattr(dpo, "pack", lambda some, device: seen.append(len(some)) or pack(some, device))
+    log = run_dpo(monkeypatch, tmp_path, policy, documents, "--steps", "1")
+    assert (len(log), seen) == (1, [4, 4])  # once by the reference, once in training
+
+
 def test_command_widens_the_margin(monkeypatch, tmp_path, policy, documents):
     log = run_dpo(monkeypatch, tmp_path, policy, documents, "--lr", "1e-3")
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)

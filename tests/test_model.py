@@ -30,6 +30,7 @@ from model import (
     UserError,
     batch_indices,
     count_steps,
+    fill_rows,
     generate,
     gold_reward,
     lay_out,
@@ -614,8 +615,10 @@ def test_logprobs_are_those_of_a_plain_forward(policy, documents):
             close(result, plain_logprobs(policy, prompt, response))
 
 
-def test_logprobs_do_not_depend_on_what_they_are_packed_with(policy, documents):
-    """Among strangers, alone with the sibling, and without it: all the same."""
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.15)])
+def test_logprobs_do_not_depend_on_what_they_are_packed_with(policy, documents, dtype, tolerance):
+    """Among strangers, alone with the sibling, and without it: all the same, but for bf16's rounding of logits."""
+    policy.activations = dtype
     for document, results in zip(documents, packed_logprobs(policy, documents), strict=True):
         (alone,) = packed_logprobs(policy, [document])
         prompt, *responses = document
@@ -623,7 +626,7 @@ def test_logprobs_do_not_depend_on_what_they_are_packed_with(policy, documents):
         swapped = packed_logprobs(policy, [(prompt, *responses[::-1])])[0][::-1]
         for others in (alone, single, swapped):
             for result, other in zip(results, others, strict=True):
-                close(result, other)
+                close(result, other, tolerance)
 
 
 def test_changing_one_document_leaves_the_others_alone(policy, documents):
@@ -637,7 +640,11 @@ def test_changing_one_document_leaves_the_others_alone(policy, documents):
             close(after[place][1], before[place][1], 1e-6)  # the sibling has not moved either
 
 
-def test_gradients_do_not_depend_on_the_size_of_a_pass(policy, documents):
+@pytest.mark.parametrize("mode, tolerance", [("fp32", 1e-6), ("bf16", 0.02), ("checkpointed", 1e-6)])
+def test_gradients_do_not_depend_on_the_size_of_a_pass(policy, documents, mode, tolerance):
+    """The whole gradient's relative error."""
+    policy.activations = torch.bfloat16 if mode == "bf16" else torch.float32
+    policy.checkpointed = mode == "checkpointed"
     many = documents * 3
     gradients = []
     for tokens_per_pass in (1, 300, 10**6):
@@ -645,12 +652,11 @@ def test_gradients_do_not_depend_on_the_size_of_a_pass(policy, documents):
         batches = list(pack(many, CPU, tokens_per_pass))
         for batch in batches:
             (policy.logprobs(batch)[0] * batch.offset.cos()).sum().backward()
-        gradients.append((len(batches), [parameter.grad.clone() for parameter in policy.parameters()]))
+        gradients.append((len(batches), torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])))
     (most, reference), *others = gradients
     assert most > others[0][0] > others[1][0] == 1
     for _, other in others:
-        for result, expected in zip(other, reference, strict=True):
-            close(result, expected, 1e-4)
+        assert (other - reference).norm() <= tolerance * reference.norm()
 
 
 def test_packed_rows_by_hand():
@@ -696,6 +702,18 @@ def test_packing_loses_and_invents_nothing(documents, tokens_per_pass):
         assert len(batch.last) == number
         seen += batch.members.tolist()
     assert sorted(seen) == list(range(len(many)))
+
+
+def test_rows_are_about_equally_full():
+    """A hundred documents of 20 to 300 tokens, longest first: little is left empty, and rows stay short."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(20, 301, (100,), generator=generator).sort(descending=True).values.tolist()
+    rows, length = fill_rows(sizes, list(range(100)), CPU)
+    loads = [sum(sizes[index] for index in row) for row in rows]
+    assert sorted(index for row in rows for index in row) == list(range(100))
+    assert max(loads) <= length < max(loads) + 16
+    assert sum(loads) > 0.93 * len(rows) * length
+    assert max(sizes) <= length <= 2 * max(sizes)
 
 
 def test_a_document_longer_than_a_row_makes_longer_rows():

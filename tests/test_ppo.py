@@ -252,6 +252,19 @@ def test_3_in_the_first_minibatch_the_ratio_is_1(
                 assert not kept[row, len(plain) :].any()
 
 
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "checkpointed"])
+def test_3_in_the_first_minibatch_the_ratio_is_1_to_the_last_digit_in_every_mode(roll, policy, critic, mode):
+    for gpt in (policy, critic.trunk):
+        gpt.activations = torch.bfloat16 if mode == "bf16" else torch.float32
+        gpt.checkpointed = mode == "checkpointed"
+    rollout = roll()
+    advantages, returns = advantages_and_returns(make_settings(), rollout)
+    for rows in torch.arange(8).split(3):  # the minibatches of the first pass, as `roll` cuts them
+        totals = update(make_settings(), rollout, rows, advantages, returns, policy, critic)
+        assert (totals["approx_kl"], totals["clip_fraction"]) == (0.0, 0.0)
+        assert totals["ratio"].item() == pytest.approx(1.0, abs=1e-6)  # a mean of ones
+
+
 @torch.no_grad()
 def test_4_the_critic_reads_the_state_before_the_action(roll, responses, critic):
     """Value t is the head on prompt + response[:t]: whatever comes at t or later can't change it."""

@@ -25,7 +25,6 @@ answer. Each pair is shown in both orders, since judges favour a place; where th
 
 import contextlib
 import dataclasses
-import email.utils
 import http.client
 import itertools
 import json
@@ -36,16 +35,13 @@ import re
 import sys
 import textwrap
 import threading
-import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -107,6 +103,8 @@ class Settings(CommonSettings):
             raise UserError("--judge URL and --judge-model NAME go together")
         if self.judge is None:
             return
+        if processes()[1] > 1:
+            raise UserError("--judge: one process asks; run evaluate.py without torchrun")
         if not re.fullmatch(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d+)?(/[!-~]*)?", self.judge, re.ASCII):
             raise UserError(f"--judge {self.judge!r}: not a URL such as http://localhost:8000/v1")
         if not re.fullmatch("[!-~]*", judge_key()):
@@ -297,11 +295,9 @@ def parse_verdict(text: str) -> str | None:
 
 
 def retry_after(value: str | None) -> float:
-    """Seconds that a Retry-After header asks for as a number or a date; 0 if it holds neither."""
+    """Seconds that a Retry-After header asks for; 0 if it is missing, or a date."""
     with contextlib.suppress(ValueError, TypeError):
         return max(0.0, float(value))
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     return 0.0
 
 
@@ -570,15 +566,11 @@ def main() -> None:
     path = Path(settings.out) / settings.save
     write_text(path, json.dumps(summaries, indent=1) + "\n")
 
-    # 4. The judge. The first process asks; the others wait longer than they otherwise would.
+    # 4. The judge.
     if settings.judge is not None:
-        everyone = dist.new_group(timeout=timedelta(days=30), backend="gloo") if dist.is_initialized() else None
-        if processes()[0] == 0:
-            for name, added in judge_answers(settings, pairs, answers, sft_answers).items():
-                summaries[name] |= added
-            write_text(path, json.dumps(summaries, indent=1) + "\n")
-        if everyone is not None:
-            dist.barrier(everyone)
+        for name, added in judge_answers(settings, pairs, answers, sft_answers).items():
+            summaries[name] |= added
+        write_text(path, json.dumps(summaries, indent=1) + "\n")
     print(f"wrote {path}")
 
 

@@ -66,6 +66,11 @@ class UserError(Exception):
     """A mistake that the user can mend. Shown as one line on stderr; the exit code is 2."""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what a library's error says, or its kind if it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 @dataclass(frozen=True)
 class ByModel:
     """A default that depends on the model: trained from scratch here (small), or pretrained elsewhere (large)."""
@@ -594,9 +599,8 @@ def read_hub_rows(source: str) -> Iterator[tuple[str, dict]]:
     try:
         rows = datasets.load_dataset(repository, split="train", **where)
     except Exception as error:  # the library raises a dozen kinds, from no network to no such data set
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"--data {source}: cannot load {repository} ({reason}); check the name and the network, or download its "
+            f"--data {source}: cannot load {repository} ({first_line(error)}); check the name and the network, or download its "
             "files elsewhere and name their folder"
         ) from error
     for number, row in enumerate(rows, 1):
@@ -668,7 +672,7 @@ def comparison_row(where: str, row: dict) -> dict:
         title, text = f"SUBREDDIT: r/{post['subreddit']}\n\nTITLE: {post['title']}", post["post"] or ""
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: not a TL;DR comparison ({type(error).__name__}: {error})") from error
-    # The summaries begin with a space; a text that does not say so is kept as it is.
+    # Summaries begin with a space, as responses do; nothing is added or taken away.
     return {"prompt": f"{title}\n\nPOST: {text}\n\nTL;DR:", "chosen": texts[choice], "rejected": texts[1 - choice]}
 
 
@@ -950,17 +954,17 @@ class Attention(nn.Module):
         self.value = nn.Linear(config.dim, config.kv_heads * self.head_dim, bias=False)
         self.output = nn.Linear(config.heads * self.head_dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask, cache: "LayerCache | None") -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask, caches: "list[Cache]", layer: int) -> Tensor:
         rows, length, _ = x.shape
         query, key, value = (
             project(x).view(rows, length, -1, self.head_dim).transpose(1, 2)  # (rows, heads, length, head_dim)
             for project in (self.query, self.key, self.value)
         )
         query, key = (rotate(part, *rotary).to(value.dtype) for part in (query, key))
-        if cache is not None:
-            cache.store(key, value)
+        for cache in caches:
+            cache.store(layer, key, value)
         if mask is None:
-            mixed = cache.attend(query)
+            mixed = torch.cat([cache.attend(layer, query) for cache in caches])
         elif isinstance(mask, BlockMask):
             attend = compiled_function(flex_attention) if query.is_cuda else flex_attention
             mixed = attend(query, key, value, block_mask=mask, enable_gqa=True)
@@ -982,10 +986,10 @@ class Block(nn.Module):
         self.down = nn.Linear(config.mlp, config.dim, bias=False)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask, cache: "LayerCache | None" = None,
-        places: Tensor | None = None,
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask, places: Tensor | None = None,
+        caches: "list[Cache] | tuple" = (), layer: int = 0,
     ) -> Tensor:  # fmt: skip
-        x = x + self.attention(self.attention_norm(x), rotary, mask, cache)
+        x = x + self.attention(self.attention_norm(x), rotary, mask, caches, layer)
         if places is not None:  # the last block's results are read there only
             x = x.flatten(0, 1)[places]
         normed = self.mlp_norm(x)
@@ -1014,7 +1018,7 @@ class GPT(nn.Module):
 
     def forward(
         self, tokens: Tensor, positions: Tensor, mask, places: Tensor | None = None,
-        caches: "list[LayerCache] | None" = None,
+        caches: "list[Cache] | tuple" = (),
     ) -> Tensor:  # fmt: skip
         """Hidden states [rows, length, dim] of tokens at positions, both [rows, length], under `mask`; or those at flat
         indices `places` alone, [places, dim]."""
@@ -1025,13 +1029,12 @@ class GPT(nn.Module):
             x = self.embedding(tokens)
             for index, block in enumerate(self.blocks):
                 wanted = places if index == len(self.blocks) - 1 else None
-                if caches is not None:  # past compilation: a cache that grows would have the block compiled again
-                    x = block.forward(x, rotary, mask, caches[index], wanted)
+                if caches:  # past compilation: a cache that grows would have the block compiled again
+                    x = block.forward(x, rotary, mask, wanted, caches, index)
                 elif self.checkpointed and torch.is_grad_enabled():
-                    more = {"use_reentrant": False, "preserve_rng_state": False}
-                    x = checkpoint(block, x, rotary, mask, None, wanted, **more)
+                    x = checkpoint(block, x, rotary, mask, wanted, use_reentrant=False, preserve_rng_state=False)
                 else:
-                    x = block(x, rotary, mask, None, wanted)
+                    x = block(x, rotary, mask, wanted)
             return self.norm(x)
 
     def precision(self) -> torch.autocast:
@@ -1080,8 +1083,11 @@ class TokenLogprobs(torch.autograd.Function):
         body = compiled_function(logprob_tile) if compiled else logprob_tile
         matrix, results = weight.to(hidden.dtype), []
         for some, row in tiles(hidden, matrix):
-            parts = [body(hidden[some], matrix[words], targets[some] - words.start) for words in row]
-            picked, logsumexps, means = (torch.stack(part) for part in zip(*parts, strict=True))  # (tiles, n) each
+            # Made before the tiles: small results that stay between large ones that go would make the heap grow.
+            parts = hidden.new_empty(len(row), 3, len(hidden[some]), dtype=torch.float32)
+            for part, words in zip(parts, row, strict=True):
+                part.copy_(body(hidden[some], matrix[words], targets[some] - words.start))
+            picked, logsumexps, means = parts.unbind(1)  # (tiles, n) each
             logsumexp = logsumexps.logsumexp(0)
             shares = (logsumexps - logsumexp).exp()  # of the probability, that each tile's words hold
             results.append((picked.sum(0) - logsumexp, (shares * (logsumexp - means)).sum(0), logsumexp))
@@ -1113,9 +1119,9 @@ def tiles(hidden: Tensor, matrix: Tensor) -> Iterator[tuple[slice, list[slice]]]
     return ((slice(start, start + length), row) for start in range(0, max(1, len(hidden)), length))
 
 
-def logprob_tile(hidden: Tensor, matrix: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def logprob_tile(hidden: Tensor, matrix: Tensor, places: Tensor) -> Tensor:
     """Of n tokens and v words: the logits at `places` (0 where that is outside of the tile), log-sum-exps, and means
-    of the logits under the tile's own softmax. Shapes: [n, dim], [v, dim], [n] → [n] each."""
+    of the logits under the tile's own softmax. Shapes: [n, dim], [v, dim], [n] → [3, n]."""
     logits = (hidden @ matrix.T).float()
     inside = (places >= 0) & (places < len(matrix))
     picked = logits.gather(-1, places.clamp(0, len(matrix) - 1)[:, None])[:, 0] * inside
@@ -1123,7 +1129,7 @@ def logprob_tile(hidden: Tensor, matrix: Tensor, places: Tensor) -> tuple[Tensor
     shifted = logits - top[:, None]
     weights = shifted.exp()
     total = weights.sum(-1)
-    return picked, top + total.log(), top + (weights * shifted).sum(-1) / total
+    return torch.stack((picked, top + total.log(), top + (weights * shifted).sum(-1) / total))
 
 
 def gradient_tile(hidden: Tensor, matrix: Tensor, logsumexp: Tensor, grad: Tensor) -> Tensor:
@@ -1141,91 +1147,54 @@ def compiled_function(function):
 # ---- Generation ----
 
 
-class Layout:
-    """Where the sequences being generated lie in the key-value caches: in groups of like prompt length, so that little
-    of a cache is empty. The prompts of a group end in the same column, so a new token's column is the same for all.
+class Cache:
+    """Keys and values of those sequences being generated whose prompts are of like length, so that little of it is
+    empty: [layers, sequences, kv_heads, columns, head_dim] each. The prompts end in the same column, and so the column
+    of a new token is the same for all.
 
-    Lists with an entry a group: `first`, [n], the column where each prompt begins; `slots`, what is to be stored next:
-    (row, place in row, sequence, column) of each token; `masks`, [n, 1, 1, columns], which columns are seen.
+    rows: which rows of the batch these sequences are; lengths: of their prompts; steps: new tokens at most; slots:
+    (row, place in row, sequence, position) of each token of the packed prompts, which are stored first.
     """
 
-    def __init__(self, prompts: list[Tensor], steps: int, batch: Packed):
-        lengths, starts = [len(prompt) for prompt in prompts], [0]  # falling
-        for number, length in enumerate(lengths):
-            if length + steps < 0.7 * (lengths[starts[-1]] + steps):
-                starts.append(number)
-        self.widths = [lengths[start] for start in starts]
-        self.first, self.slots, self.masks = [], [], []
-        row, place = (batch.document >= 0).nonzero(as_tuple=True)
-        sequence = batch.members[batch.document[row, place]]
-        for start, end, width in zip(starts, [*starts[1:], len(prompts)], self.widths, strict=True):
-            first = width - torch.tensor(lengths[start:end], device=row.device)
-            inside = ((sequence >= start) & (sequence < end)).nonzero()[:, 0]
-            at, own = (row[inside], place[inside]), sequence[inside] - start
-            self.first.append(first)
-            self.slots.append((*at, own, first[own] + batch.positions[at]))
+    def __init__(
+        self, config: Config, rows: Tensor, lengths: Tensor, steps: int, dtype: torch.dtype, slots: tuple[Tensor, ...]
+    ):  # fmt: skip
+        self.rows, self.width = rows, int(lengths.max())
+        self.first = self.width - lengths  # the column where each prompt begins
+        shape = config.layers, len(lengths), config.kv_heads, self.width + steps, config.dim // config.heads
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=lengths.device) for _ in range(2))
+        row, place, sequence, position = slots
+        self.slots = row, place, sequence, self.first[sequence] + position
+
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Stores new keys and values, [rows, kv_heads, length, head_dim], where the slots say."""
+        row, place, sequence, column = self.slots
+        self.keys[layer][sequence, :, column] = key[row, :, place]
+        self.values[layer][sequence, :, column] = value[row, :, place]
 
     def step(self, number: int) -> None:
         """Makes ready for new token `number` of each sequence."""
-        self.slots, self.masks, start = [], [], 0
-        for first, width in zip(self.first, self.widths, strict=True):
-            own, column = torch.arange(len(first), device=first.device), width + number
-            self.slots.append((start + own, 0, own, column))
-            self.masks.append((torch.arange(column + 1, device=first.device) >= first[:, None])[:, None, None])
-            start += len(first)
+        column = self.width + number
+        self.slots = self.rows, 0, torch.arange(len(self.rows), device=self.rows.device), column
+        columns = torch.arange(column + 1, device=self.rows.device)
+        self.mask = (columns >= self.first[:, None])[:, None, None]  # (sequences, 1, 1, columns)
 
-    def keep(self, going: Tensor, caches: "list[LayerCache]") -> None:
-        """Drops the sequences that are not in `going` (numbers in rising order) from layout and caches."""
-        start, kept = 0, []
-        for group, first in enumerate(self.first):
-            own = going[(going >= start) & (going < start + len(first))] - start
-            start += len(first)
-            if len(own):
-                kept.append((group, own))
-        for lists in (self, *caches):
-            lists.take(kept)
-
-    def take(self, kept: list[tuple[int, Tensor]]) -> None:
-        self.first = [self.first[group][own] for group, own in kept]
-        self.widths = [self.widths[group] for group, _ in kept]
-
-
-class LayerCache:
-    """One layer's keys and values of the sequences being generated: for each group of the layout
-    [sequences, kv_heads, columns, head_dim]."""
-
-    def __init__(self, config: Config, layout: Layout, steps: int, dtype: torch.dtype):
-        heads, size, device = config.kv_heads, config.dim // config.heads, layout.first[0].device
-        shapes = [
-            (len(first), heads, width + steps, size) for first, width in zip(layout.first, layout.widths, strict=True)
-        ]
-        self.keys, self.values = ([torch.zeros(s, dtype=dtype, device=device) for s in shapes] for _ in range(2))
-        self.layout = layout
-
-    def store(self, key: Tensor, value: Tensor) -> None:
-        """Stores new keys and values, [rows, kv_heads, length, head_dim], where the layout's slots say."""
-        for keys, values, slots in zip(self.keys, self.values, self.layout.slots, strict=True):
-            row, place, sequence, column = slots
-            keys[sequence, :, column] = key[row, :, place]
-            values[sequence, :, column] = value[row, :, place]
-
-    def attend(self, query: Tensor) -> Tensor:
-        """Attention of one query a sequence. [sequences, heads, 1, head_dim], as is what is returned.
+    def attend(self, layer: int, query: Tensor) -> Tensor:
+        """Attention of the newest tokens: of [rows, heads, 1, head_dim] the part of this cache's sequences.
 
         The query heads that share a key head are handed over as so many queries of that one head, which reads each key
-        once. (In bf16 the CPU's kernel took five times as long to share keys itself.)
+        once. (In bf16 the CPU's kernel takes five times as long to share keys itself.)
         """
-        mixed, parts = [], query.split([len(keys) for keys in self.keys])
-        for part, keys, values, mask in zip(parts, self.keys, self.values, self.layout.masks, strict=True):
-            sharing = part.reshape(len(keys), keys.shape[1], -1, keys.shape[3])  # (n, kv_heads, heads a key, head_dim)
-            seen = slice(mask.shape[-1])
-            mixed.append(F.scaled_dot_product_attention(sharing, keys[:, :, seen], values[:, :, seen], attn_mask=mask))
-        return torch.cat([part.reshape(len(part), -1, 1, part.shape[-1]) for part in mixed])
+        keys, values = (kept[layer, :, :, : self.mask.shape[-1]] for kept in (self.keys, self.values))
+        query = query[self.rows]
+        sharing = query.view(len(query), keys.shape[1], -1, keys.shape[3])  # (sequences, kv_heads, heads a key, …)
+        return F.scaled_dot_product_attention(sharing, keys, values, attn_mask=self.mask).view_as(query)
 
-    def take(self, kept: list[tuple[int, Tensor]]) -> None:
-        """Keeps these (group, sequences in it)."""
-        self.keys = [self.keys[group][own] for group, own in kept]
-        self.values = [self.values[group][own] for group, own in kept]
+    def keep(self, going: Tensor) -> None:
+        """Drops the sequences whose rows are not in `going`, which are rising; what is left of the batch moves up."""
+        own = torch.isin(self.rows, going)
+        self.rows = torch.searchsorted(going, self.rows[own])
+        self.first, self.keys, self.values = self.first[own], self.keys[:, own], self.values[:, own]
 
 
 def sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
@@ -1275,8 +1244,14 @@ def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperatu
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     rows = fill_rows(lengths.tolist(), list(range(len(prompts))), device)
     batch = lay_out([(prompt,) for prompt in prompts], *rows).to(device)
-    layout = Layout(prompts, steps, batch)
-    caches = [LayerCache(model.config, layout, steps, model.activations) for _ in model.blocks]
+    row, place = (batch.document >= 0).nonzero(as_tuple=True)
+    sequence, caches, start = batch.members[batch.document[row, place]], [], 0
+    while start < len(prompts):  # a cache for those that need at least 0.7 times the columns of the longest
+        after = int((lengths + steps >= 0.7 * (lengths[start] + steps)).sum())
+        own, rows = (sequence >= start) & (sequence < after), torch.arange(start, after, device=device)
+        slots = row[own], place[own], sequence[own] - start, batch.positions[row[own], place[own]]
+        caches.append(Cache(model.config, rows, lengths[rows], steps, model.activations, slots))
+        start = after
     hidden = model(batch.tokens, batch.positions, batch.mask, batch.last[batch.members.argsort()], caches)
     head = model.vocabulary_weight.to(model.activations).T
     output = torch.full((len(prompts), steps), end, device=device)
@@ -1294,9 +1269,12 @@ def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperatu
                 break
             if len(going) < len(tokens):
                 live, tokens, lengths = live[going], tokens[going], lengths[going]
-                layout.keep(going, caches)
+                for cache in caches:
+                    cache.keep(going)
+                caches = [cache for cache in caches if len(cache.rows)]
         if step < steps - 1:
-            layout.step(step)
+            for cache in caches:
+                cache.step(step)
             hidden = model(tokens[:, None], (lengths + step)[:, None], None, caches=caches)[:, 0]
     return output.cpu()
 
@@ -1504,9 +1482,8 @@ def find_pretrained(name: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except Exception as error:  # no network, no such repository, no permission, a full disk
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"--init {name}: no such folder, and cannot be downloaded ({reason}); download it elsewhere and name "
+            f"--init {name}: no such folder, and cannot be downloaded ({first_line(error)}); download it elsewhere and name "
             "its folder"
         ) from error
 

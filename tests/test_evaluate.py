@@ -1,7 +1,6 @@
 """Chapter 6: the answers' measures, wins, errors, the table, the samples and evaluation.json."""
 
 import contextlib
-import email.utils
 import json
 import math
 import re
@@ -399,10 +398,9 @@ def test_a_verdict_is_the_last_line_in_the_form_asked_for(text, verdict):
     assert parse_verdict(text) == verdict
 
 
-def test_retry_after_is_seconds_or_a_date():
-    assert [retry_after(text) for text in ("7", "0", "-3", "nan", "soon", "", None)] == [7, 0, 0, 0, 0, 0, 0]
-    assert retry_after(email.utils.formatdate(time.time() + 90, usegmt=True)) == pytest.approx(90, abs=2)
-    assert retry_after(email.utils.formatdate(time.time() - 90, usegmt=True)) == 0
+def test_retry_after_is_seconds():
+    texts = "7", "0", "-3", "nan", "soon", "", None, "Wed, 21 Oct 2026 07:28:00 GMT"
+    assert [retry_after(text) for text in texts] == [7, 0, 0, 0, 0, 0, 0, 0]
 
 
 def test_the_question_holds_prompt_and_answers_in_order_and_its_key_tells_them_apart():

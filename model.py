@@ -600,8 +600,8 @@ def read_hub_rows(source: str) -> Iterator[tuple[str, dict]]:
         rows = datasets.load_dataset(repository, split="train", **where)
     except Exception as error:  # the library raises a dozen kinds, from no network to no such data set
         raise UserError(
-            f"--data {source}: cannot load {repository} ({first_line(error)}); check the name and the network, or download its "
-            "files elsewhere and name their folder"
+            f"--data {source}: cannot load {repository} ({first_line(error)}); check the name and the network, "
+            "or download its files elsewhere and name their folder"
         ) from error
     for number, row in enumerate(rows, 1):
         yield f"{repository} row {number}", row
@@ -1483,8 +1483,8 @@ def find_pretrained(name: str) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except Exception as error:  # no network, no such repository, no permission, a full disk
         raise UserError(
-            f"--init {name}: no such folder, and cannot be downloaded ({first_line(error)}); download it elsewhere and name "
-            "its folder"
+            f"--init {name}: no such folder, and cannot be downloaded ({first_line(error)}); download it elsewhere "
+            "and name its folder"
         ) from error
 
 

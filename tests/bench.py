@@ -373,12 +373,12 @@ def trl(work: str, folder: Path, arguments: argparse.Namespace) -> dict:
               "disable_tqdm": True, "gradient_checkpointing": False, "bf16": arguments.dtype == "bf16",
               "max_length": 1024}  # fmt: skip
     trainers = {
-        "sft": (trl.SFTTrainer, trl.SFTConfig, {"completion_only_loss": True}),
+        "sft": (trl.SFTTrainer, trl.SFTConfig, {}),
         "reward": (trl.RewardTrainer, trl.RewardConfig, {}),
         "dpo": (trl.DPOTrainer, trl.DPOConfig, {"beta": 0.1}),
     }
     columns = {
-        "sft": lambda p, c, r: {"input_ids": p + c, "completion_mask": [0] * len(p) + [1] * len(c)},
+        "sft": lambda p, c, r: {"input_ids": p + c, "labels": [-100] * len(p) + c},
         "reward": lambda p, c, r: {"chosen_ids": p + c, "rejected_ids": p + r},
         "dpo": lambda p, c, r: {"prompt_ids": p, "chosen_ids": c, "rejected_ids": r},
     }

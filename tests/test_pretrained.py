@@ -127,7 +127,7 @@ def our_logits(policy, documents=IDS) -> list[torch.Tensor]:
     """Logits of each document, all of them packed together."""
     result = [None] * len(documents)
     for batch in pack([(ids,) for ids in documents], CPU):
-        logits = policy.hidden(batch) @ policy.vocabulary_weight.T
+        logits = policy(batch.tokens, batch.positions, batch.mask).flatten(0, 1) @ policy.vocabulary_weight.T
         for number, member in enumerate(batch.members.tolist()):
             result[member] = logits[batch.document.flatten() == number]
     return result

@@ -475,7 +475,7 @@ def judge_answers(settings: Settings, pairs: Pairs, answers: dict[str, Answers],
 
 def as_prompt(text: str, tokenizer: Tokenizer) -> Tensor:
     """Token ids of a question as the first turn of a dialogue, as in HH and the toy world; a text that already ends
-    like a prompt of the data is one."""
+    like a prompt of the data is one. Returns [tokens]."""
     if not text.endswith((TURN, "TL;DR:")):
         text = f"\n\nHuman: {text}{TURN}"
     return torch.tensor(tokenizer.begin + tokenizer.encode(text))

@@ -943,7 +943,7 @@ class Attention(nn.Module):
     """Grouped-query causal attention (Ainslie et al. 2023, arXiv 2305.13245): query heads share key-value heads.
 
     x: [rows, length, dim]; rotary: cos and sin as `rotate` takes them; mask: Packed.mask, or None for one
-    new token a row, which sees what the cache holds.
+    new token a row, which sees what the caches hold of `layer`. Returns [rows, length, dim].
     """
 
     def __init__(self, config: Config):
@@ -974,7 +974,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer of the Llama family: attention, then a SwiGLU MLP, each on a normalised input and added back."""
+    """One layer of the Llama family: attention, then a SwiGLU MLP, each on a normalised input and added back.
+
+    [rows, length, dim] → the same; or [places, dim], at flat indices `places` alone. The rest is Attention's.
+    """
 
     def __init__(self, config: Config):
         super().__init__()

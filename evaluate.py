@@ -32,9 +32,12 @@ import math
 import os
 import random
 import re
+import shlex
+import subprocess
 import sys
 import textwrap
 import threading
+import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -97,6 +100,10 @@ class Settings(CommonSettings):
     judge_model: str | None = None  # name that the endpoint knows the judge by
     judge_price: Number | None = None  # USD per million input tokens of the judge, to say beforehand what it costs
     judge_parallel: Count = 4  # requests to the judge under way at once
+    study: bool = False  # instead: train every method and its controls in the toy world over seeds, and compare
+    seeds: Count = 5  # seeds of the study, from --seed on
+    noise_seeds: Whole = 3  # seeds for which the study also sets the share of wrong labels to 0, 15, 25 and 40%
+    parallel: Count | None = None  # commands of the study that run at once; default: one for each core
 
     def __post_init__(self):
         if (self.judge is None) != (self.judge_model is None):
@@ -472,6 +479,145 @@ def judge_answers(settings: Settings, pairs: Pairs, answers: dict[str, Answers],
         added[name][f"judge_vs_{opponent}"] = row
     return added
 
+# ---- The study: every method and its controls, over seeds and over shares of wrong labels ----
+
+STUDY = {  # row: its checkpoint, and the commands behind model.py that make it
+    "SFT": ("sft.pt", []),
+    "DPO on all": ("dpo_all.pt", ["dpo.py --data pairs.pt --steps 64 --save dpo_all.pt"]),
+    "DPO on easy": ("dpo.pt", ["reward.py", "split.py", "dpo.py --steps 64"]),
+    "DPO on hard": ("dpo_hard.pt", ["reward.py", "split.py", "dpo.py --data hard.pt --steps 64 --save dpo_hard.pt"]),
+    "DPO on all, 256 steps": ("dpo_all_256.pt", ["dpo.py --data pairs.pt --steps 256 --save dpo_all_256.pt"]),
+    "DPO on easy, 256 steps": ("dpo_256.pt", ["reward.py", "split.py", "dpo.py --steps 256 --save dpo_256.pt"]),
+    "PPO from SFT, all": ("ppo_all.pt", [
+        "reward.py", "ppo.py --init sft.pt --data pairs.pt --steps 32 --save ppo_all.pt"]),
+    "PPO from SFT, hard": ("ppo_hard.pt", [
+        "reward.py", "split.py", "ppo.py --init sft.pt --steps 32 --save ppo_hard.pt"]),
+    "DPO on all, PPO on all": ("ppo_dpo_all.pt", [
+        "dpo.py --data pairs.pt --steps 64 --save dpo_all.pt", "reward.py",
+        "ppo.py --init dpo_all.pt --data pairs.pt --steps 32 --save ppo_dpo_all.pt"]),
+    "MPO": ("ppo.pt", ["reward.py", "split.py", "dpo.py --steps 64", "ppo.py --steps 32"]),
+    "MPO, random split": ("ppo_random.pt", [
+        "reward.py", "split.py --by random --easy easy_random.pt --hard hard_random.pt",
+        "dpo.py --data easy_random.pt --steps 64 --save dpo_random.pt",
+        "ppo.py --init dpo_random.pt --data hard_random.pt --steps 32 --save ppo_random.pt"]),
+    "MPO, parts swapped": ("ppo_swapped.pt", [
+        "reward.py", "split.py", "dpo.py --data hard.pt --steps 64 --save dpo_hard.pt",
+        "ppo.py --init dpo_hard.pt --data easy.pt --steps 32 --save ppo_swapped.pt"]),
+    "MPO, reference SFT": ("ppo_reference_sft.pt", [
+        "reward.py", "split.py", "dpo.py --steps 64",
+        "ppo.py --reference sft.pt --steps 32 --save ppo_reference_sft.pt"]),
+    "PPO from SFT, hard, β 0.05": ("ppo_hard_cheap.pt", [
+        "reward.py", "split.py", "ppo.py --init sft.pt --kl-coefficient 0.05 --steps 32 --save ppo_hard_cheap.pt"]),
+    "MPO, β 0.05": ("ppo_cheap.pt", [
+        "reward.py", "split.py", "dpo.py --steps 64", "ppo.py --kl-coefficient 0.05 --steps 32 --save ppo_cheap.pt"]),
+}  # fmt: skip
+NOISE = 0.0, 0.15, 0.25, 0.4  # shares of wrong labels
+NOISE_ROWS = "SFT", "DPO on all", "DPO on easy", "PPO from SFT, all", "MPO"
+SECONDS = {"model.py": 60, "reward.py": 65, "split.py": 15, "dpo.py": 40, "ppo.py": 120, "evaluate.py": 60}
+# of each script on one core of a server EPYC: a first guess of how long a study takes
+
+
+@dataclass
+class Run:
+    """One folder of the study: `commands` make the `rows` there, one after the other. finished: command → seconds."""
+
+    folder: Path
+    seed: int
+    rows: list[str]
+    wrong_labels: float | None = None
+    finished: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        path = self.folder / "study.jsonl"
+        for line in path.read_text().splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError, LookupError, TypeError):  # half a line, as a power cut may leave
+                entry = json.loads(line)
+                self.finished[entry["command"]] = entry["seconds"]
+
+    @property
+    def commands(self) -> list[str]:
+        """All commands in order. What several rows need is there once."""
+        first = "model.py" if self.wrong_labels is None else f"model.py --wrong-labels {self.wrong_labels}"
+        middle = [command for row in self.rows for command in STUDY[row][1]]
+        policies = " ".join(STUDY[row][0] for row in self.rows)
+        return list(dict.fromkeys([first, *middle, f"evaluate.py --policies {policies} --samples 0"]))
+
+    @property
+    def missing(self) -> list[str]:
+        """The commands still to be run."""
+        return [command for command in self.commands if command not in self.finished]
+
+    def work(self, settings: Settings, threads: int, stop: threading.Event, done) -> None:
+        """Runs what is missing, and calls `done` with each command that ended well. Raises UserError at one that did
+        not; what a stopped training stage saved is gone on from."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        flags = ["--out", str(self.folder), "--seed", str(self.seed), "--device", settings.device]
+        for command in self.missing:
+            if stop.is_set():
+                return
+            script, *own = command.split()
+            resume = ["--resume"] if any(self.folder.glob("*.state.pt")) else []
+            argv = [sys.executable, str(Path(__file__).with_name(script)), *own, *flags, *resume]
+            log, began = self.folder / "study.log", time.perf_counter()
+            with log.open("a") as file:
+                print(f"$ {shlex.join(argv)}", file=file, flush=True)
+                code = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+                                      env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode  # fmt: skip
+            if code:
+                raise UserError(f"{command} in {self.folder}: ended with code {code}; what it said is at the end of "
+                                f"{log}, and the same --study goes on from there")  # fmt: skip
+            self.finished[command] = time.perf_counter() - began
+            with (self.folder / "study.jsonl").open("a") as file:
+                file.write(json.dumps({"command": command, "seconds": self.finished[command]}) + "\n")
+            done(command)
+
+
+def study_runs(settings: Settings) -> list[Run]:
+    """The study's folders, long runs first."""
+    root, seeds = Path(settings.out) / "study", range(settings.seed, settings.seed + settings.seeds)
+    runs = [Run(root / f"seed{seed}", seed, list(STUDY)) for seed in seeds]
+    for wrong in NOISE:
+        for seed in seeds[: settings.noise_seeds]:
+            runs.append(Run(root / f"wrong{round(100 * wrong)}" / f"seed{seed}", seed, list(NOISE_ROWS), wrong))
+    return runs
+
+
+def expected_seconds(command: str, runs: list[Run]) -> float:
+    """How long a command will take: the mean of where it has run already, or else the guess for its script."""
+    known = [run.finished[command] for run in runs if command in run.finished]
+    return sum(known) / len(known) if known else SECONDS[command.split()[0]]
+
+
+def work_through(settings: Settings, runs: list[Run]) -> None:
+    """Runs all that is missing, several folders at once, each command on its share of the cores."""
+    left = [[expected_seconds(command, runs) for command in run.missing] for run in runs]
+    count, total = sum(map(len, left)), sum(map(sum, left))
+    cores = os.cpu_count() or 1
+    parallel = min(settings.parallel or cores, sum(map(bool, left)))
+    if not count:
+        return
+    minutes = max(total / parallel, max(map(sum, left))) / 60
+    print(f"{count} commands to run in {settings.out}, {parallel} at a time: about {minutes:.0f} minutes on the cores "
+          "that the guess was measured on. Ctrl-C stops, the same command goes on.")  # fmt: skip
+    stop, lock = threading.Event(), threading.Lock()
+    form = "{l_bar}{bar}| {elapsed}, {remaining} left{postfix}"
+    with tqdm(total=total, desc="study", bar_format=form) as bar, ThreadPoolExecutor(parallel) as pool:
+
+        def done(command: str) -> None:
+            with lock:
+                bar.update(expected[command])
+
+        expected = {command: expected_seconds(command, runs) for run in runs for command in run.missing}
+        futures = [pool.submit(run.work, settings, max(1, cores // parallel), stop, done) for run in runs]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            stop.set()
+            print("waiting for the commands under way to stop")
+            pool.shutdown(cancel_futures=True)
+            raise
+
 
 def as_prompt(text: str, tokenizer: Tokenizer) -> Tensor:
     """Token ids of a question as the first turn of a dialogue, as in HH and the toy world; a text that already ends
@@ -531,6 +677,9 @@ def main() -> None:
     """Lets every policy answer the test prompts, and compares."""
     # 1. Settings, test pairs, SFT and reward model.
     settings = parse_settings(Settings, __doc__)
+    if settings.study:
+        runs = study_runs(settings)
+        return work_through(settings, runs)
     if settings.prompt is not None:
         return answer_prompt(settings, settings.prompt) if settings.prompt else talk(settings)
     device = choose_device(settings)

@@ -483,8 +483,9 @@ def toy_response(rng: random.Random, task: str, thing: str) -> str:
     return " " + " ".join(sentences)
 
 
-def toy_rows(count: int, seed: int) -> Iterator[dict]:
-    """Yields `count` rows of the toy world; labels are Bradley-Terry draws on the gold gap, so some are wrong."""
+def toy_rows(count: int, seed: int, wrong_labels: float | None = None) -> Iterator[dict]:
+    """Yields `count` rows of the toy world; labels are Bradley-Terry draws on the gold gap, so some are wrong, nearly
+    all where the gap is small. With `wrong_labels`, that share of them is wrong instead, whatever the gap."""
     rng = random.Random(seed)
     for _ in range(count):
         task, thing = rng.choice(list(TOY_STEPS)), rng.choice(TOY_OBJECTS)
@@ -492,7 +493,10 @@ def toy_rows(count: int, seed: int) -> Iterator[dict]:
         prompt = f"\n\nHuman: {question}{TURN}"
         first, second = toy_response(rng, task, thing), toy_response(rng, task, thing)
         gap = gold_reward(prompt, first) - gold_reward(prompt, second)
-        if rng.random() > 1 / (1 + math.exp(-gap)):
+        first_is_chosen = 1 / (1 + math.exp(-gap))
+        if wrong_labels is not None:
+            first_is_chosen = 1 - wrong_labels if gap > 0 else wrong_labels
+        if rng.random() >= first_is_chosen:
             first, second = second, first
         yield {"prompt": prompt, "chosen": first, "rejected": second}
 
@@ -576,15 +580,17 @@ def pairs_problem(pairs: Pairs) -> str | None:
     return None
 
 
-def read_rows(source: str, limit: int | None, seed: int) -> Iterator[tuple[str, dict]]:
-    """Yields (where, row) for each row of `source`; a row is a dict, `where` names it in error messages."""
+def read_rows(settings: "Settings") -> Iterator[tuple[str, dict]]:
+    """Yields (where, row) for each row of --data; a row is a dict, `where` names it in error messages."""
+    source = settings.data
     if source == "toy":
-        rows = ((f"toy row {number}", row) for number, row in enumerate(toy_rows(limit or 10000, seed), 1))
+        rows = toy_rows(settings.limit or 10000, settings.seed, settings.wrong_labels)
+        rows = ((f"toy row {number}", row) for number, row in enumerate(rows, 1))
     elif source == "tldr" or source.split(":")[0] == "hh":
         rows = read_hub_rows(source)
     else:
         rows = read_file_rows(Path(source))
-    yield from itertools.islice(rows, limit)
+    yield from itertools.islice(rows, settings.limit)
 
 
 def read_hub_rows(source: str) -> Iterator[tuple[str, dict]]:
@@ -1958,6 +1964,7 @@ class Settings(TrainingSettings):
     export: str | None = None  # write --init as a folder for Hugging Face's transformers, and do nothing else
     save: str = "sft.pt"  # checkpoint to write
     limit: Count | None = None  # rows to read at most; default: all (toy, which has no end: 10000)
+    wrong_labels: Share | None = None  # toy: share of labels that are wrong; default: drawn from Bradley-Terry
     test_share: Share | None = None  # share of the prompts held back in test.pt; default: 0.1 (toy: 0.2)
     epochs: Number = ByModel(scratch=1.5, pretrained=1.0)  # passes over the training pairs
     batch_size: Count = ByModel(scratch=32, pretrained=64)  # pairs per optimiser step
@@ -1976,6 +1983,8 @@ class Settings(TrainingSettings):
             raise UserError(f"--dim {self.dim} is not a multiple of 2 × --heads {self.heads}: rotation turns pairs")
         if self.heads % self.kv_heads:
             raise UserError(f"--heads {self.heads} is not a multiple of --kv-heads {self.kv_heads}")
+        if self.wrong_labels is not None and self.data != "toy":
+            raise UserError("--wrong-labels: only the toy world knows which labels are wrong")
         if self.export and not self.init:
             raise UserError("--export: name the checkpoint with --init")
         for name in ("vocabulary", "dim", "layers", "heads", "kv_heads"):
@@ -1999,7 +2008,7 @@ def read_pairs(settings: Settings, tokenizer: Tokenizer | None = None) -> tuple[
         share = 0.2 if settings.data == "toy" else 0.1
 
     def rows() -> Iterator[tuple[tuple[str, str, str, str] | None, bool]]:  # (row, is it held back?)
-        for where, row in read_rows(settings.data, settings.limit, settings.seed):
+        for where, row in read_rows(settings):
             row = split_row(where, row)
             digest = hashlib.sha256(f"{settings.seed} {row[0] if row else ''}".encode(errors="replace")).digest()
             yield row, int.from_bytes(digest[:8], "big") < share * 2**64

@@ -258,7 +258,7 @@ def main() -> None:
             grad_norms.append(training.optimizer_step(optimizer))
 
         metrics = {name: sum(float(one[name]) for one in history) / len(history) for name in history[0]}
-        metrics |= rollout_metrics(rollout, returns, tokenizer, pairs.source)
+        metrics |= {"updates": len(history), **rollout_metrics(rollout, returns, tokenizer, pairs.source)}
         grad_norm = sum(grad_norms) / len(grad_norms)
         shown = ("score", "kl", "length", "ended")
         training.log(shown, "episodes", len(prompts), int(rollout.lengths.sum()), **metrics, grad_norm=grad_norm)

@@ -40,7 +40,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,9 +74,11 @@ from model import (
     run_command,
     settle,
     summed,
+    whole_lines,
     write_text,
+    write_whole,
 )
-from reward import RewardModel, score_pairs, wilson_interval
+from reward import RewardModel, calibration, score_pairs, wilson_interval
 
 TITLES = {"sft": "SFT", "dpo": "DPO", "ppo": "MPO"}  # what the default checkpoints are called in the table
 
@@ -102,10 +104,15 @@ class Settings(CommonSettings):
     judge_parallel: Count = 4  # requests to the judge under way at once
     study: bool = False  # instead: train every method and its controls in the toy world over seeds, and compare
     seeds: Count = 5  # seeds of the study, from --seed on
+    figure: bool = False  # draw figures (needs matplotlib)
     noise_seeds: Whole = 3  # seeds for which the study also sets the share of wrong labels to 0, 15, 25 and 40%
     parallel: Count | None = None  # commands of the study that run at once; default: one for each core
 
     def __post_init__(self):
+        if self.figure:
+            require_matplotlib()
+        if self.study and processes()[1] > 1:
+            raise UserError("--study: starts processes itself; run evaluate.py without torchrun")
         if (self.judge is None) != (self.judge_model is None):
             raise UserError("--judge URL and --judge-model NAME go together")
         if self.judge is None:
@@ -174,8 +181,18 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
     return values.mean().item(), error.item()
 
 
+def bootstrap_interval(values: Tensor) -> tuple[float, float]:
+    """95% interval of the mean of values [n]: the 2.5th and the 97.5th percentile of the means of 2,000 samples of n
+    of them, drawn with replacement (Efron 1979)."""
+    generator, values = torch.Generator().manual_seed(0), values.double()
+    means = [values[torch.randint(len(values), values.shape, generator=generator)].mean() for _ in range(2000)]
+    low, high = torch.stack(means).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    return low, high
+
+
 def summarise(answers: Answers, sft: Answers, chosen: Tensor) -> dict[str, float | None]:
-    """The numbers of evaluation.json for one policy; `chosen`: what judges the test set's chosen responses, [n]."""
+    """The numbers of evaluation.json for one policy: means over prompts, each with its standard error (…_se) and 95%
+    interval (…_low, …_high); `chosen`: what judges the test set's chosen responses, [n]."""
     columns = {
         "gold_reward": answers.gold,
         "reward": answers.reward,
@@ -187,28 +204,54 @@ def summarise(answers: Answers, sft: Answers, chosen: Tensor) -> dict[str, float
     }
     summary = {}
     for name, values in columns.items():
-        summary[name], summary[f"{name}_se"] = (None, None) if values is None else mean_and_error(values)
+        numbers = (None,) * 4 if values is None else (*mean_and_error(values), *bootstrap_interval(values))
+        summary |= zip((name, f"{name}_se", f"{name}_low", f"{name}_high"), numbers, strict=True)
     return summary
 
 
-def table(summaries: dict[str, dict[str, float | None]], count: int) -> str:
-    """The summaries, each of `count` answers, as a table with a row per policy."""
-    header = f"{'policy':12s} {'gold reward':>14s} {'reward':>14s} {'win vs chosen':>17s} {'win vs SFT':>17s}"
-    lines = [f"{header} {'KL from SFT':>14s} {'length':>13s} {'ended':>6s}"]
+def table(summaries: dict[str, dict[str, float | None]]) -> str:
+    """The summaries as a table with a row per policy."""
+    header = f"{'policy':12s} {'gold reward':>20s} {'reward':>14s} {'win vs chosen':>17s} {'win vs SFT':>17s}"
+    lines = [f"{header} {'KL from SFT':>14s} {'length':>12s} {'ended':>6s}"]
     for name, row in summaries.items():
         cells = [f"{TITLES.get(name, name):12s}"]
-        for key, places, width in (("gold_reward", 2, 14), ("reward", 2, 14), ("win_rate_vs_chosen", 0, 17),
-                                   ("win_rate_vs_sft", 0, 17), ("kl", 1, 14), ("length", 1, 13)):  # fmt: skip
-            mean, error = row[key], row[f"{key}_se"]
-            if mean is None:
-                cell = "–"
-            elif key.startswith("win"):
-                low, high = wilson_interval(mean, count)
-                cell = f"{mean:.0%} ({low:.0%} to {high:.0%})"
-            else:
-                cell = f"{mean:.{places}f} ± {error:.{places}f}"
-            cells.append(f"{cell:>{width}s}")
+        for key, form, width in (("gold_reward", "{:.2f} ({:.2f} to {:.2f})", 20), ("reward", "{:.2f} ± {:.2f}", 14),
+                                 ("win_rate_vs_chosen", "{:.0%} ({:.0%} to {:.0%})", 17),
+                                 ("win_rate_vs_sft", "{:.0%} ({:.0%} to {:.0%})", 17),
+                                 ("kl", "{:.1f} ± {:.1f}", 14), ("length", "{:.1f} ± {:.1f}", 12)):  # fmt: skip
+            ends = ("_se",) if "±" in form else ("_low", "_high")
+            numbers = [row[f"{key}{end}"] for end in ("", *ends)]
+            cells.append(f"{'–' if numbers[0] is None else form.format(*numbers):>{width}s}")
         lines.append(" ".join([*cells, f"{row['ended']:6.1%}"]))
+    return "\n".join(lines)
+
+
+def differences(values: dict[str, Tensor], name: str) -> str:
+    """How far `name` is above each other entry of `values`, tensors [n] over the same prompts or seeds: mean
+    difference ± standard error, 95% interval, and where it is the better one (a tie is one half)."""
+    lines = []
+    for other, theirs in values.items():
+        if other != name:
+            mean, error = mean_and_error(values[name] - theirs)
+            low, high = bootstrap_interval(values[name] - theirs)
+            better = wins(values[name], theirs).mean().item()
+            lines.append(f"  {TITLES.get(other, other):26s} {mean:+.2f} ± {error:.2f}   {low:+.2f} to {high:+.2f}   "
+                         f"{better:4.0%}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def wins_by_length(answers: dict[str, Answers], sft: Answers) -> str:
+    """Win rates against SFT apart for answers shorter than SFT's, about as long, and longer: a policy that wins by
+    length alone wins in the last column only. A row per policy."""
+    bins = {"under 0.8 × its length": (0, 0.8), "0.8 to 1.25 ×": (0.8, 1.25), "over 1.25 ×": (1.25, math.inf)}
+    lines = [f"{'policy':12s}" + "".join(f" {title:>24s}" for title in bins)]
+    for name, given in answers.items():
+        won, ratio = wins(given.judged, sft.judged), given.length / sft.length
+        cells = []
+        for low, high in bins.values():
+            inside = won[(ratio >= low) & (ratio < high)]
+            cells.append(f" {f'{inside.mean():.0%} of {len(inside)}' if len(inside) else '–':>24s}")
+        lines.append(f"{TITLES.get(name, name):12s}" + "".join(cells))
     return "\n".join(lines)
 
 
@@ -479,8 +522,10 @@ def judge_answers(settings: Settings, pairs: Pairs, answers: dict[str, Answers],
         added[name][f"judge_vs_{opponent}"] = row
     return added
 
+
 # ---- The study: every method and its controls, over seeds and over shares of wrong labels ----
 
+WORLD = "model.py"  # makes the toy world and SFT
 STUDY = {  # row: its checkpoint, and the commands behind model.py that make it
     "SFT": ("sft.pt", []),
     "DPO on all": ("dpo_all.pt", ["dpo.py --data pairs.pt --steps 64 --save dpo_all.pt"]),
@@ -513,6 +558,7 @@ STUDY = {  # row: its checkpoint, and the commands behind model.py that make it
 }  # fmt: skip
 NOISE = 0.0, 0.15, 0.25, 0.4  # shares of wrong labels
 NOISE_ROWS = "SFT", "DPO on all", "DPO on easy", "PPO from SFT, all", "MPO"
+PPO_ROWS = "PPO from SFT, hard", "MPO, reference SFT", "MPO", "PPO from SFT, hard, β 0.05", "MPO, β 0.05"
 SECONDS = {"model.py": 60, "reward.py": 65, "split.py": 15, "dpo.py": 40, "ppo.py": 120, "evaluate.py": 60}
 # of each script on one core of a server EPYC: a first guess of how long a study takes
 
@@ -537,7 +583,7 @@ class Run:
     @property
     def commands(self) -> list[str]:
         """All commands in order. What several rows need is there once."""
-        first = "model.py" if self.wrong_labels is None else f"model.py --wrong-labels {self.wrong_labels}"
+        first = WORLD if self.wrong_labels is None else f"{WORLD} --wrong-labels {self.wrong_labels}"
         middle = [command for row in self.rows for command in STUDY[row][1]]
         policies = " ".join(STUDY[row][0] for row in self.rows)
         return list(dict.fromkeys([first, *middle, f"evaluate.py --policies {policies} --samples 0"]))
@@ -597,8 +643,8 @@ def work_through(settings: Settings, runs: list[Run]) -> None:
     if not count:
         return
     minutes = max(total / parallel, max(map(sum, left))) / 60
-    print(f"{count} commands to run in {settings.out}, {parallel} at a time: about {minutes:.0f} minutes on the cores "
-          "that the guess was measured on. Ctrl-C stops, the same command goes on.")  # fmt: skip
+    print(f"study in {settings.out}/study: {count} commands to run, {parallel} at a time, about {minutes:.0f} minutes "
+          "on cores of a server EPYC.\nCtrl-C stops; the same command goes on, and runs nothing twice.")  # fmt: skip
     stop, lock = threading.Event(), threading.Lock()
     form = "{l_bar}{bar}| {elapsed}, {remaining} left{postfix}"
     with tqdm(total=total, desc="study", bar_format=form) as bar, ThreadPoolExecutor(parallel) as pool:
@@ -608,15 +654,267 @@ def work_through(settings: Settings, runs: list[Run]) -> None:
                 bar.update(expected[command])
 
         expected = {command: expected_seconds(command, runs) for run in runs for command in run.missing}
-        futures = [pool.submit(run.work, settings, max(1, cores // parallel), stop, done) for run in runs]
+        pending = {pool.submit(run.work, settings, max(1, cores // parallel), stop, done) for run in runs}
         try:
-            for future in as_completed(futures):
-                future.result()
+            while pending:
+                finished, pending = wait(pending, timeout=5, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    future.result()
+                bar.refresh()  # the clock goes on
         except BaseException:
             stop.set()
             print("waiting for the commands under way to stop")
             pool.shutdown(cancel_futures=True)
             raise
+
+
+STUDY_COLUMNS = {  # column: (key, format)
+    "gold": ("gold_reward", "{:.2f} ± {:.2f}"), "reward": ("reward", "{:.2f} ± {:.2f}"),
+    "vs SFT": ("win_rate_vs_sft", "{:.0%} ± {:.0%}"), "KL": ("kl", "{:.1f} ± {:.1f}"),
+    "length": ("length", "{:.1f} ± {:.1f}"), "ended": ("ended", "{:.1%}"), "steps": ("gradient_steps", "{:,.0f}"),
+    "generated": ("generated_tokens", "{:,.0f}"), "seconds": ("seconds", "{:,.0f}"),
+}  # fmt: skip
+
+Numbers = dict[str, dict[str, Tensor]]  # row → key of STUDY_COLUMNS → its value for each seed
+
+
+def read_log(path: Path) -> list[dict]:
+    """The log of a training stage, a dict per step; empty if there is none."""
+    return [json.loads(line) for line in whole_lines(path)] if path.exists() else []
+
+
+def log_of(run: Run, command: str) -> list[dict]:
+    """The log that a training command of the study left; empty for split.py, which has none."""
+    named = re.search(r"--save (\w+)\.pt", command)
+    return read_log(run.folder / f"{named[1] if named else Path(command.split()[0]).stem}.jsonl")
+
+
+def cost(run: Run, commands: list[str]) -> dict[str, float]:
+    """What a row took beyond SFT: optimiser steps, tokens of answers that PPO generated, seconds."""
+    steps = sum(row.get("updates", 1) for command in commands for row in log_of(run, command))
+    answered = [row for command in commands if command.startswith("ppo.py") for row in log_of(run, command)]
+    tokens = sum(row["tokens_per_second"] * row["seconds"] for row in answered)
+    seconds = sum(run.finished[command] for command in commands)
+    return {"gradient_steps": steps, "generated_tokens": tokens, "seconds": seconds}
+
+
+def study_numbers(runs: list[Run]) -> Numbers:
+    """What evaluate.py measured of the rows of these runs, all of which have the same, and what they cost."""
+    evaluations = [json.loads((run.folder / "evaluation.json").read_text()) for run in runs]
+    numbers = {}
+    for row in runs[0].rows:
+        checkpoint, commands = STUDY[row]
+        measured = [evaluation[checkpoint.removesuffix(".pt")] for evaluation in evaluations]
+        values = [found | cost(run, commands) for found, run in zip(measured, runs, strict=True)]
+        numbers[row] = {key: torch.tensor([float(one[key]) for one in values]) for key, _ in STUDY_COLUMNS.values()}
+    return numbers
+
+
+def study_table(numbers: Numbers) -> str:
+    """Rows and columns of the study: mean over seeds ± its standard error."""
+    form = "{:26s}{:>13s}{:>13s}{:>10s}{:>10s}{:>11s}{:>7s}{:>6s}{:>10s}{:>8s}"
+    lines = [form.format("policy", *STUDY_COLUMNS)]
+    for row, columns in numbers.items():
+        cells = [cell.format(*mean_and_error(columns[key])) for key, cell in STUDY_COLUMNS.values()]
+        lines.append(form.format(row, *cells))
+    return "\n".join(lines)
+
+
+def noise_table(noise: dict[float, Numbers]) -> str:
+    """Gold reward by method and share of wrong labels, mean over seeds ± standard error, and what the most wrong
+    labels cost against none, seed by seed."""
+    lines = [f"{'wrong labels':26s}" + "".join(f"{wrong:>13.0%}" for wrong in noise) + f"{'lost in all':>15s}"]
+    for row in NOISE_ROWS:
+        golds = [numbers[row]["gold_reward"] for numbers in noise.values()]
+        cells = ["{:.2f} ± {:.2f}".format(*mean_and_error(gold)) for gold in [*golds, golds[0] - golds[-1]]]
+        lines.append(f"{row:26s}" + "".join(f"{cell:>13s}" for cell in cells[:-1]) + f"{cells[-1]:>15s}")
+    return "\n".join(lines)
+
+
+def smoothed(logs: list[list[dict]], key: str) -> Tensor:
+    """`key` of PPO's logs, one for each run: means over every 4 steps in a row, [runs, steps − 3]."""
+    return torch.tensor([[record[key] for record in log] for log in logs]).unfold(1, 4, 1).mean(2)
+
+
+def sample_table(logs: dict[str, list[list[dict]]]) -> str:
+    """How far PPO has come after so many steps, and how steadily. logs: row → its PPO log in each run. Gold and model
+    reward of the answers it trains on, means of four steps: mean over runs ± standard deviation; the worst fall."""
+    steps = len(next(iter(logs.values()))[0])
+    places = torch.linspace(0, steps - 4, 5).round().long().tolist()
+    titles = "".join(f"{f'steps {place + 1}–{place + 4}':>14s}" for place in places)
+    lines = [f"{'':28s}{titles}{'worst fall':>12s}"]
+    for row, known in logs.items():
+        for key, name in (("gold_reward", row), ("score", "  its reward model's reward")):
+            curves = smoothed(known, key)
+            spread = curves.std(0) if len(known) > 1 else torch.zeros(curves.shape[1])
+            cells = [f"{curves[:, place].mean():.2f} ± {spread[place]:.2f}" for place in places]
+            fall = (curves.max(1).values - curves[:, -1]).max()
+            lines.append(f"{name:28s}" + "".join(f"{cell:>14s}" for cell in cells) + f"{fall:12.2f}")
+    return "\n".join(lines)
+
+
+def study(settings: Settings) -> None:
+    """Trains what the study lacks, prints its tables, and writes them to study.json."""
+    # 1. Train and evaluate.
+    runs = study_runs(settings)
+    work_through(settings, runs)
+
+    # 2. Every method, and what MPO is ahead of each by.
+    main_runs = [run for run in runs if run.wrong_labels is None]
+    numbers = study_numbers(main_runs)
+    print(f"toy world, mean ± standard error over {settings.seeds} seeds; steps, generated tokens and seconds: what a "
+          "policy takes\nbeyond SFT, its reward model included\n\n" + study_table(numbers))  # fmt: skip
+    print("\nMPO's gold reward above that of …, seed by seed: mean ± standard error, 95% interval, share of seeds")
+    print(differences({row: columns["gold_reward"] for row, columns in numbers.items()}, "MPO"))
+
+    # 3. PPO's use of samples, and wrong labels.
+    print("\nreward of PPO's own answers: mean ± standard deviation over seeds; fall: from a seed's best to its end")
+    logs = {row: [log_of(run, STUDY[row][1][-1]) for run in main_runs] for row in PPO_ROWS}
+    print(sample_table(logs))
+    noise = {
+        wrong: study_numbers([run for run in runs if run.wrong_labels == wrong])
+        for wrong in NOISE if settings.noise_seeds
+    }  # fmt: skip
+    if noise:
+        print(f"\ngold reward by share of wrong labels, whatever their gap: mean ± standard error over seeds "
+              f"({min(settings.noise_seeds, settings.seeds)})\n" + noise_table(noise))  # fmt: skip
+    path = Path(settings.out) / "study" / "study.json"
+    content = {"methods": numbers, "wrong_labels": noise}
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, default=Tensor.tolist) + "\n")
+
+    # 4. Figures.
+    written = [path]
+    if settings.figure:
+        means = {row: {key: mean_and_error(columns[key]) for key in ("kl", "gold_reward", "reward")}
+                 for row, columns in numbers.items()}  # fmt: skip
+        written += [draw_rewards(path.with_name("rewards.png"), means), draw_ppo(path.with_name("ppo.png"), logs)]
+        written += [draw_noise(path.with_name("noise.png"), noise)] if noise else []
+    print("wrote " + ", ".join(map(str, written)))
+
+
+# ---- Figures ----
+
+COLOURS = ["#7f7f7f", "#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#009e73", "#cc79a7", "#000000"]  # Okabe and Ito
+
+
+def require_matplotlib():
+    """The package matplotlib, which is not in requirements.txt: only figures need it."""
+    try:
+        import matplotlib.figure
+    except ImportError as error:
+        raise UserError("--figure needs one more package: pip install matplotlib") from error
+    return matplotlib
+
+
+def new_figure(panels: int = 1, height: float = 3.6, **options):
+    """(figure, its panels side by side), all in one style."""
+    matplotlib = require_matplotlib()
+    figure = matplotlib.figure.Figure(figsize=(max(6.4, 4.4 * panels), height), dpi=110, layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False, **options)[0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def save_figure(figure, path: Path) -> Path:
+    """Writes a figure as PNG, whole, and returns its path."""
+    write_whole(path, lambda file: figure.savefig(file, format="png"))
+    return path
+
+
+def draw_gaps(path: Path, easy: Pairs, hard: Pairs) -> Path:
+    """Histogram of the reward gaps of both parts' pairs; wrong labels coloured where they are known."""
+    figure, (axis,) = new_figure()
+    groups = {}
+    for name, part in (("easy", easy), ("hard", hard)):
+        wrong = torch.zeros(len(part), dtype=torch.bool) if part.gold is None else part.gold[:, 0] < part.gold[:, 1]
+        gaps = part.rewards[:, 0] - part.rewards[:, 1]
+        groups |= {name: gaps[~wrong], f"{name}, label wrong": gaps[wrong]}
+    colours = COLOURS[1], COLOURS[7], COLOURS[2], COLOURS[3]
+    shown = [(name, gaps, colour) for (name, gaps), colour in zip(groups.items(), colours, strict=True) if len(gaps)]
+    names, gaps, colours = zip(*shown, strict=True)
+    names = [f"{name}: {len(group)} pairs" for name, group in zip(names, gaps, strict=True)]
+    axis.hist([group.numpy() for group in gaps], bins=48, stacked=True, color=colours, label=names)
+    axis.set(xlabel="reward gap, chosen − rejected", ylabel="training pairs", title="What the reward model is sure of")
+    axis.legend(frameon=False, fontsize=8)
+    return save_figure(figure, path)
+
+
+def draw_calibration(path: Path, rewards: Tensor) -> Path:
+    """Predicted against observed preference on labelled pairs [n, 2], with 95% intervals."""
+    figure, (axis,) = new_figure()
+    axis.plot([0.5, 1], [0.5, 1], color=COLOURS[0], linewidth=1, linestyle="--", label="as predicted")
+    for number, (predicted, observed, count) in enumerate(calibration(rewards)):
+        low, high = wilson_interval(observed, count)
+        axis.errorbar(predicted, observed, [[max(0, observed - low)], [max(0, high - observed)]], fmt="o", capsize=3,
+                      color=COLOURS[1], label=None if number else "observed, 95% interval")  # fmt: skip
+        axis.annotate(f"{count} pairs", (predicted, observed), (8, -12), textcoords="offset points", fontsize=8)
+    axis.set(xlabel="predicted: σ(gap) for the side ranked first", ylabel="share where it is the chosen one",
+             title="Calibration of the reward model on test pairs")  # fmt: skip
+    axis.legend(frameon=False)
+    return save_figure(figure, path)
+
+
+def draw_rewards(path: Path, rows: dict[str, dict[str, tuple[float, float]]]) -> Path:
+    """Gold reward and model reward against KL from SFT. rows: policy → kl, gold_reward (may lack), reward, each
+    (mean, standard error)."""
+    panels = {key: title for key, title in (("gold_reward", "gold reward"), ("reward", "reward model's reward"))
+              if all(key in row for row in rows.values())}  # fmt: skip
+    figure, axes = new_figure(len(panels), 4.4)
+    for axis, (key, title) in zip(axes, panels.items(), strict=True):
+        for number, (name, row) in enumerate(rows.items()):
+            (kl, kl_error), (reward, error) = row["kl"], row[key]
+            axis.errorbar(kl, reward, error, kl_error, fmt="osD^v"[number // 8 % 5], capsize=2, markersize=6,
+                          color=COLOURS[number % 8], label=name)  # fmt: skip
+        axis.set(xlabel="KL from SFT, nats an answer", ylabel=title)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
+    figure.suptitle("What a policy gains, and how far it went for it (mean ± standard error)")
+    return save_figure(figure, path)
+
+
+def draw_ppo(path: Path, logs: dict[str, list[list[dict]]]) -> Path:
+    """Gold and model reward while PPO trains, a panel for each policy, a thin line for each of its runs' logs."""
+    figure, axes = new_figure(len(logs), 3.4, sharey=True)
+    for axis, (name, known) in zip(axes, logs.items(), strict=True):
+        for key, colour, label in (("score", COLOURS[3], "reward model"), ("gold_reward", COLOURS[1], "gold")):
+            if key in known[0][0]:
+                curves = smoothed(known, key)
+                steps = range(4, 4 + curves.shape[1])
+                axis.plot(steps, curves.T, color=colour, linewidth=0.7, alpha=0.5)
+                axis.plot(steps, curves.mean(0), color=colour, linewidth=2, label=label)
+        axis.set(xlabel="PPO step", title=name)
+    axes[0].set_ylabel("reward of the answers, means of 4 steps")
+    axes[-1].legend(frameon=False)
+    return save_figure(figure, path)
+
+
+def draw_noise(path: Path, noise: dict[float, Numbers]) -> Path:
+    """Gold reward of each method against the share of wrong labels."""
+    figure, (axis,) = new_figure()
+    for row, colour in zip(NOISE_ROWS, COLOURS, strict=False):
+        points = [mean_and_error(numbers[row]["gold_reward"]) for numbers in noise.values()]
+        means, errors = zip(*points, strict=True)
+        axis.errorbar([100 * wrong for wrong in noise], means, errors, color=colour, marker="o", capsize=3, label=row)
+    axis.set(xlabel="wrong labels, %", ylabel="gold reward, mean ± standard error", title="What wrong labels cost")
+    axis.legend(frameon=False, fontsize=8)
+    return save_figure(figure, path)
+
+
+def draw_run(settings: Settings, reward: RewardModel, summaries: dict[str, dict]) -> list[Path]:
+    """The figures of one run: gaps, calibration, rewards, and the course of PPO for each policy that has its log."""
+    folder = Path(settings.out)
+    test = load_pairs(settings, settings.data)
+    written = [draw_gaps(folder / "gaps.png", *(load_pairs(settings, part) for part in ("easy.pt", "hard.pt")))]
+    written.append(draw_calibration(folder / "calibration.png", score_pairs(reward, test, choose_device(settings))))
+    means = {TITLES.get(name, name): {key: (row[key], row[f"{key}_se"]) for key in ("kl", "gold_reward", "reward")
+             if row[key] is not None} for name, row in summaries.items()}  # fmt: skip
+    written.append(draw_rewards(folder / "rewards.png", means))
+    logs = {TITLES.get(name, name): read_log(folder / f"{name}.jsonl") for name in summaries}
+    logs = {title: [log] for title, log in logs.items() if len(log) > 3 and "score" in log[0]}
+    return written + ([draw_ppo(folder / "ppo.png", logs)] if logs else [])
 
 
 def as_prompt(text: str, tokenizer: Tokenizer) -> Tensor:
@@ -678,8 +976,7 @@ def main() -> None:
     # 1. Settings, test pairs, SFT and reward model.
     settings = parse_settings(Settings, __doc__)
     if settings.study:
-        runs = study_runs(settings)
-        return work_through(settings, runs)
+        return study(settings)
     if settings.prompt is not None:
         return answer_prompt(settings, settings.prompt) if settings.prompt else talk(settings)
     device = choose_device(settings)
@@ -709,18 +1006,27 @@ def main() -> None:
         if not all(math.isfinite(value) for value in row.values() if value is not None):
             raise UserError(f"--policies {name}.pt: not all of its rewards and log-probs are finite")
     best = "" if pairs.gold is None else f"; the best gold reward possible is {TOY_BEST_REWARD}"
-    print(f"{len(pairs)} test prompts; mean ± standard error, wins with 95% interval{best}")
-    print(table(summaries, len(pairs)))
+    print(f"{len(pairs)} test prompts; mean ± standard error, or (95% interval){best}")
+    print(table(summaries))
+    last = list(answers)[-1]
+    if len(answers) > 1:
+        print(f"\n{TITLES.get(last, last)}'s {'reward' if pairs.gold is None else 'gold reward'} on the same prompts, "
+              "above that of …: mean ± standard error, 95% interval, share of prompts where it is higher")  # fmt: skip
+        print(differences({name: given.judged for name, given in answers.items()}, last))
+    print("\nwin rate against SFT, by the answer's length compared with SFT's\n" + wins_by_length(answers, sft_answers))
     print("\n" + side_by_side(pairs, answers, settings.samples))
     path = Path(settings.out) / settings.save
     write_text(path, json.dumps(summaries, indent=1) + "\n")
 
-    # 4. The judge.
+    # 4. Figures.
+    written = [path, *draw_run(settings, reward, summaries)] if settings.figure else [path]
+
+    # 5. The judge.
     if settings.judge is not None:
         for name, added in judge_answers(settings, pairs, answers, sft_answers).items():
             summaries[name] |= added
         write_text(path, json.dumps(summaries, indent=1) + "\n")
-    print(f"wrote {path}")
+    print("wrote " + ", ".join(map(str, written)))
 
 
 if __name__ == "__main__":

@@ -114,6 +114,16 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     return centre - half, centre + half
 
 
+def calibration(rewards: Tensor) -> list[tuple[float, float, int]]:
+    """(predicted preference, observed, pairs) in bins of the reward gap, of labelled pairs [n, 2]. A pair and its
+    mirror image say the same: predicted is the side that the model ranks first, from 50% up."""
+    gaps = rewards[:, 0] - rewards[:, 1]
+    predicted, observed = gaps.abs().sigmoid(), (gaps > 0).double() + 0.5 * (gaps == 0).double()
+    bins = (10 * predicted - 5).long().clamp(0, 4)
+    found = [bins == number for number in range(5)]
+    return [(predicted[one].mean().item(), observed[one].mean().item(), int(one.sum())) for one in found if one.any()]
+
+
 def report(rewards: Tensor, gold: Tensor | None) -> None:
     """Prints accuracy on labelled pairs, and calibration: predicted against observed preference by reward gap."""
     accuracy = ranking_accuracy(rewards)
@@ -121,16 +131,10 @@ def report(rewards: Tensor, gold: Tensor | None) -> None:
     print(f"test accuracy {accuracy:.1%} (95% interval {low:.1%} to {high:.1%}, {len(rewards)} pairs)")
     if gold is not None:
         print(f"the toy world's gold reward itself scores {ranking_accuracy(gold):.1%} on these noisy labels")
-    gaps = rewards[:, 0] - rewards[:, 1]
-    # A pair and its mirror image say the same: predict the side that the model ranks first, from 50% up.
-    predicted, observed = gaps.abs().sigmoid(), (gaps > 0).double() + 0.5 * (gaps == 0).double()
     print("calibration: the side that the model ranks first is the chosen one …")
-    for start in (0.5, 0.6, 0.7, 0.8, 0.9):
-        inside = (predicted >= start) & ((predicted < start + 0.1) | (start == 0.9))
-        if inside.any():
-            said, seen, count = predicted[inside].mean(), observed[inside].mean(), int(inside.sum())
-            left, right = wilson_interval(seen.item(), count)
-            print(f"  predicted {said:.0%}, observed {seen:.0%} ({left:.0%} to {right:.0%}, {count} pairs)")
+    for predicted, observed, count in calibration(rewards):
+        low, high = wilson_interval(observed, count)
+        print(f"  predicted {predicted:.0%}, observed {observed:.0%} ({low:.0%} to {high:.0%}, {count} pairs)")
 
 
 def main() -> None:

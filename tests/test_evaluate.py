@@ -37,6 +37,7 @@ from evaluate import (
     table,
     tally,
     wins,
+    wins_by_length,
 )
 from model import GPT, Pairs, Tokenizer, UserError, generate, gold_reward, mixed_seed, save_model
 from reward import RewardModel
@@ -44,6 +45,7 @@ from reward import RewardModel
 END = 256
 BYTES = Tokenizer([chr(byte) for byte in range(END)], r"[\s\S]", {"<end>": END}, END)
 KEYS = ("gold_reward", "reward", "win_rate_vs_chosen", "win_rate_vs_sft", "kl", "length", "ended")
+ENDS = ("", "_se", "_low", "_high")
 ASKED = ("How do I paint my old chair?", "I want to sell my red lamp.", "Move it.", "Clean the big drum?")
 QUESTIONS = [f"\n\nHuman: {question}\n\nAssistant:" for question in ASKED]
 
@@ -174,15 +176,16 @@ def test_summary_by_hand():
                 "win_rate_vs_chosen": 0.25, "win_rate_vs_chosen_se": 0.25, "win_rate_vs_sft": 0.75,
                 "win_rate_vs_sft_se": 0.25, "kl": 4.0, "kl_se": 2.0, "length": 15.0, "length_se": 5.0,
                 "ended": 0.5, "ended_se": 0.5}  # fmt: skip
-    assert summary == pytest.approx(expected, abs=1e-6)
-    assert set(summary) == {name for key in KEYS for name in (key, f"{key}_se")}
+    assert {name: summary[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+    assert (summary["kl_low"], summary["kl_high"]) == (2.0, 6.0)  # a sample of two values may hold one of them twice
+    assert set(summary) == {f"{key}{end}" for key in KEYS for end in ENDS}
 
 
 def test_summary_without_gold_reward_counts_wins_by_the_reward_model():
     """Rewards 0, 4 against chosen 1, 1 and SFT's 0, 0: one of two, and a tie and a win."""
     sft = replace(made_answers(gold=False), reward=torch.tensor([0.0, 0.0]))
     summary = summarise(made_answers(gold=False), sft, torch.tensor([1.0, 1.0]))
-    assert set(summary) == {name for key in KEYS for name in (key, f"{key}_se")}
+    assert set(summary) == {f"{key}{end}" for key in KEYS for end in ENDS}
     assert summary["gold_reward"] is None
     assert summary["gold_reward_se"] is None
     assert (summary["win_rate_vs_chosen"], summary["win_rate_vs_sft"]) == (0.5, 0.75)
@@ -192,14 +195,23 @@ def test_summary_without_gold_reward_counts_wins_by_the_reward_model():
 def test_table_has_a_row_per_policy(gold):
     given = made_answers(gold)
     summary = summarise(given, given, torch.tensor([2.0, 2.0]))
-    lines = table({"sft": summary, "dpo": summary, "ppo": summary, "dpo_all": summary}, 2).split("\n")
+    lines = table({"sft": summary, "dpo": summary, "ppo": summary, "dpo_all": summary}).split("\n")
     assert [line.split()[0] for line in lines] == ["policy", "SFT", "DPO", "MPO", "dpo_all"]
     assert len({len(line) for line in lines}) == 1  # aligned
     for line in lines[1:]:
-        assert ("2.00 ± 1.00" in line) == gold
+        assert ("2.00 (1.00 to 3.00)" in line) == gold
         assert ("–" in line) == (not gold)
-        for cell in ("2.00 ± 2.00", "50% (9% to 91%)", "4.0 ± 2.0", "15.0 ± 5.0", "50.0%"):
+        for cell in ("2.00 ± 2.00", "50% (50% to 50%)", "4.0 ± 2.0", "15.0 ± 5.0", "50.0%"):
             assert cell in line
+
+
+def test_wins_by_length_by_hand():
+    """SFT's answers: 10 tokens and reward 1 each. Lengths 7 and 8 are under and at 0.8 times that, 12.5 is over."""
+    sft = Answers([""] * 5, None, torch.ones(5), torch.zeros(5), torch.full((5,), 10.0), torch.ones(5))
+    mine = replace(sft, reward=torch.tensor([2.0, 2, 0, 1, 2]), length=torch.tensor([7.0, 8, 12, 12.5, 30]))
+    _, line, zero = wins_by_length({"mine": mine, "sft": sft}, sft).splitlines()
+    assert line.split() == "mine 100% of 1 50% of 2 75% of 2".split()
+    assert zero.split() == "SFT – 50% of 5 –".split()
 
 
 @pytest.mark.parametrize("gold", [True, False])
@@ -245,7 +257,7 @@ def test_command_writes_every_policy_and_sft_ties_with_itself(monkeypatch, tmp_p
     summaries = json.loads((tmp_path / "evaluation.json").read_text())
     assert list(summaries) == ["sft", "ppo"]
     for summary in summaries.values():
-        assert set(summary) == {name for key in KEYS for name in (key, f"{key}_se")}
+        assert set(summary) == {f"{key}{end}" for key in KEYS for end in ENDS}
         assert (summary["gold_reward"] is None) == (source == "hh")
     assert summaries["sft"]["kl"] == 0.0
     assert (summaries["sft"]["win_rate_vs_sft"], summaries["sft"]["win_rate_vs_sft_se"]) == (0.5, 0.0)

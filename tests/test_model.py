@@ -227,6 +227,20 @@ def test_toy_labels_are_bradley_terry_draws_wrong_mostly_where_the_gap_is_small(
         assert abs(sum(low < gap <= high for gap in wrong) - expected) < 4 * math.sqrt(expected)
 
 
+def test_a_share_of_wrong_labels_is_wrong_whatever_the_gap_and_changes_nothing_else():
+    drawn = list(toy_rows(2000, 1))
+    for share in (0.0, 0.25, 1.0):
+        rows = list(toy_rows(2000, 1, share))
+        assert [{row["chosen"], row["rejected"]} for row in rows] == [{r["chosen"], r["rejected"]} for r in drawn]
+        assert [row["prompt"] for row in rows] == [row["prompt"] for row in drawn]
+        gaps = [gold_reward(row["prompt"], row["chosen"]) - gold_reward(row["prompt"], row["rejected"]) for row in rows]
+        for low, high in ((0, 1), (1, 2.5), (2.5, 9)):
+            sizes = [gap for gap in gaps if low < abs(gap) <= high]
+            assert abs(sum(gap < 0 for gap in sizes) - share * len(sizes)) <= 4 * math.sqrt(
+                share * (1 - share) * len(sizes)
+            )
+
+
 # ---- Pairs: rows, rules, sources, files ----
 
 

@@ -9,17 +9,23 @@ Every policy answers the held-back prompts once, with the same seed. The table g
     length      in tokens, with the end-of-text token
     ended       share of answers that ended by themselves
 
-as mean ± standard error, win rates with their 95% interval. Then some prompts with the answers side by side. All
-numbers also go to evaluation.json.
+as mean ± standard error or with a 95% interval by bootstrap over the prompts; then the last policy's lead over each
+other, paired by prompt; win rates by length, since a judge may fall for length alone; and some prompts with the
+answers side by side. All numbers also go to evaluation.json.
 
 Real text has no gold reward, and the reward model is what PPO was trained on. With --judge another language model,
 behind any OpenAI-compatible chat endpoint, compares every answer with the test set's chosen response and with SFT's
 answer. Each pair is shown in both orders, since judges favour a place; where the orders disagree it is a tie.
 
+With --study the whole comparison is made anew, over seeds: STUDY below lists MPO, DPO, PPO and the controls, each as
+the commands that make it, and these are run. Nothing else here knows how a policy was trained.
+
     python evaluate.py                                                  # sft.pt, dpo.pt, ppo.pt
     python evaluate.py --policies sft.pt dpo_all.pt ppo_all.pt ppo.pt   # with baselines
+    python evaluate.py --figure                                         # and figures
     python evaluate.py --prompt "How do I clean my old lamp?"           # every policy's answer to this
     python evaluate.py --prompt --model dpo.pt                          # talk to one policy, till Ctrl-D
+    python evaluate.py --study --seeds 5                                # MPO and its controls in the toy world: 2 hours
     python evaluate.py --judge http://localhost:8000/v1 --judge-model NAME --prompts 100    # key: OPENAI_API_KEY
 """
 
@@ -33,6 +39,7 @@ import os
 import random
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import textwrap
@@ -40,9 +47,10 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -68,9 +76,11 @@ from model import (
     load_model,
     load_pairs,
     mixed_seed,
+    number,
     pack,
     parse_settings,
     processes,
+    reading,
     run_command,
     settle,
     summed,
@@ -81,6 +91,8 @@ from model import (
 from reward import RewardModel, calibration, score_pairs, wilson_interval
 
 TITLES = {"sft": "SFT", "dpo": "DPO", "ppo": "MPO"}  # what the default checkpoints are called in the table
+POLICIES = [f"{name}.pt" for name in TITLES]
+SeveralSeeds = number(int, lambda value: value > 1, "a whole number from 2 up")
 
 
 @dataclass
@@ -88,7 +100,7 @@ class Settings(CommonSettings):
     """Flags of this stage."""
 
     data: str = "test.pt"  # pairs whose prompts are answered
-    policies: list[str] = dataclasses.field(default_factory=lambda: ["sft.pt", "dpo.pt", "ppo.pt"])  # checkpoints
+    policies: list[str] = dataclasses.field(default_factory=POLICIES.copy)  # checkpoints to compare
     sft: str = "sft.pt"  # policy from which KL is measured and against which wins are counted
     reward: str = "reward.pt"  # reward model
     save: str = "evaluation.json"  # file for the numbers
@@ -96,6 +108,7 @@ class Settings(CommonSettings):
     samples: Whole = 4  # prompts shown with all answers
     temperature: Number = 1.0  # of sampling
     max_new_tokens: Count = ByModel(scratch=96, pretrained=256)  # longest answer
+    figure: bool = False  # also draw figures, .png files in the --out folder (needs matplotlib)
     prompt: MaybeText | None = None  # only answer this; without a text, answer what is typed until end of input
     model: str = "ppo.pt"  # policy that answers what is typed
     judge: str | None = None  # OpenAI-compatible chat endpoint (…/v1) that compares answers; key: $OPENAI_API_KEY
@@ -103,16 +116,22 @@ class Settings(CommonSettings):
     judge_price: Number | None = None  # USD per million input tokens of the judge, to say beforehand what it costs
     judge_parallel: Count = 4  # requests to the judge under way at once
     study: bool = False  # instead: train every method and its controls in the toy world over seeds, and compare
-    seeds: Count = 5  # seeds of the study, from --seed on
-    figure: bool = False  # draw figures (needs matplotlib)
+    seeds: SeveralSeeds = 5  # seeds of the study, from --seed on
     noise_seeds: Whole = 3  # seeds for which the study also sets the share of wrong labels to 0, 15, 25 and 40%
-    parallel: Count | None = None  # commands of the study that run at once; default: one for each core
+    parallel: Count | None = None  # commands of the study at once; default: one for each core, or one on a GPU
 
     def __post_init__(self):
         if self.figure:
             require_matplotlib()
-        if self.study and processes()[1] > 1:
+        usual, of_study = vars(Settings) | {"policies": POLICIES}, {"seeds", "noise_seeds", "parallel"}
+        for name in Settings.__annotations__.keys() - {"study", "figure"}:
+            if (name in of_study) != self.study and getattr(self, name) != usual[name]:
+                needs = "does not go together with" if self.study else "needs"
+                raise UserError(f"--{name.replace('_', '-')} {needs} --study")
+        if self.study and "LOCAL_RANK" in os.environ:
             raise UserError("--study: starts processes itself; run evaluate.py without torchrun")
+        if self.noise_seeds == 1:
+            raise UserError("--noise-seeds 1: one seed has no standard error; 0 leaves the wrong labels out")
         if (self.judge is None) != (self.judge_model is None):
             raise UserError("--judge URL and --judge-model NAME go together")
         if self.judge is None:
@@ -182,11 +201,17 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
 
 
 def bootstrap_interval(values: Tensor) -> tuple[float, float]:
-    """95% interval of the mean of values [n]: the 2.5th and the 97.5th percentile of the means of 2,000 samples of n
-    of them, drawn with replacement (Efron 1979)."""
-    generator, values = torch.Generator().manual_seed(0), values.double()
-    means = [values[torch.randint(len(values), values.shape, generator=generator)].mean() for _ in range(2000)]
-    low, high = torch.stack(means).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    """95% interval of the mean of values [n], by bootstrap: percentiles of the means of 4,000 samples of n of them,
+    drawn with replacement (Efron 1979). The 2.5th and the 97.5th are too narrow for a few values; they are moved out
+    as far as Student's t is wider than the normal, and the bootstrap's spread smaller than that of s (Hesterberg 2015,
+    arXiv 1411.5279, "expanded percentiles"): of five normal values the interval then holds the truth 91 times of 100
+    instead of 84."""
+    n, z = len(values), 1.96
+    free = max(1, n - 1)  # degrees of freedom; the 97.5th percentile of t by its expansion in 1 / free
+    t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+    tail = NormalDist().cdf(-t * (n / free) ** 0.5)
+    picks = torch.randint(n, (4000, n), generator=torch.Generator().manual_seed(0))
+    low, high = values.double()[picks].mean(1).quantile(torch.tensor([tail, 1 - tail]).double()).tolist()
     return low, high
 
 
@@ -209,50 +234,52 @@ def summarise(answers: Answers, sft: Answers, chosen: Tensor) -> dict[str, float
     return summary
 
 
+def aligned(rows: list[list[str]]) -> str:
+    """Rows of cells as a table, the first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+
+
 def table(summaries: dict[str, dict[str, float | None]]) -> str:
     """The summaries as a table with a row per policy."""
-    header = f"{'policy':12s} {'gold reward':>20s} {'reward':>14s} {'win vs chosen':>17s} {'win vs SFT':>17s}"
-    lines = [f"{header} {'KL from SFT':>14s} {'length':>12s} {'ended':>6s}"]
-    for name, row in summaries.items():
-        cells = [f"{TITLES.get(name, name):12s}"]
-        for key, form, width in (("gold_reward", "{:.2f} ({:.2f} to {:.2f})", 20), ("reward", "{:.2f} ± {:.2f}", 14),
-                                 ("win_rate_vs_chosen", "{:.0%} ({:.0%} to {:.0%})", 17),
-                                 ("win_rate_vs_sft", "{:.0%} ({:.0%} to {:.0%})", 17),
-                                 ("kl", "{:.1f} ± {:.1f}", 14), ("length", "{:.1f} ± {:.1f}", 12)):  # fmt: skip
-            ends = ("_se",) if "±" in form else ("_low", "_high")
-            numbers = [row[f"{key}{end}"] for end in ("", *ends)]
-            cells.append(f"{'–' if numbers[0] is None else form.format(*numbers):>{width}s}")
-        lines.append(" ".join([*cells, f"{row['ended']:6.1%}"]))
-    return "\n".join(lines)
+    spread, interval, share = "{:.1f} ± {:.1f}", "{:.2f} ({:.2f} to {:.2f})", "{:.0%} ({:.0%} to {:.0%})"
+    columns = {"gold reward": ("gold_reward", interval), "reward": ("reward", "{:.2f} ± {:.2f}"),
+               "wins vs chosen": ("win_rate_vs_chosen", share), "wins vs SFT": ("win_rate_vs_sft", share),
+               "KL from SFT": ("kl", spread), "length": ("length", spread), "ended": ("ended", "{:.1%}")}  # fmt: skip
+    rows = [["policy", *columns]]
+    for name, summary in summaries.items():
+        rows.append([TITLES.get(name, name)])
+        for key, form in columns.values():
+            ends = ("", "_se") if "±" in form else ("", "_low", "_high")
+            rows[-1].append("–" if summary[key] is None else form.format(*(summary[f"{key}{end}"] for end in ends)))
+    return aligned(rows)
 
 
-def differences(values: dict[str, Tensor], name: str) -> str:
-    """How far `name` is above each other entry of `values`, tensors [n] over the same prompts or seeds: mean
-    difference ± standard error, 95% interval, and where it is the better one (a tie is one half)."""
-    lines = []
+def differences(values: dict[str, Tensor], name: str, unit: str) -> str:
+    """How far `name` is above each other entry of `values`, tensors [n] over the same prompts or seeds (`unit`)."""
+    rows = [[f"{TITLES.get(name, name)} less …", "mean ± standard error", "95% interval", f"{unit} won, a tie is ½"]]
     for other, theirs in values.items():
         if other != name:
             mean, error = mean_and_error(values[name] - theirs)
             low, high = bootstrap_interval(values[name] - theirs)
-            better = wins(values[name], theirs).mean().item()
-            lines.append(f"  {TITLES.get(other, other):26s} {mean:+.2f} ± {error:.2f}   {low:+.2f} to {high:+.2f}   "
-                         f"{better:4.0%}")  # fmt: skip
-    return "\n".join(lines)
+            won = wins(values[name], theirs).mean().item()
+            rows.append([TITLES.get(other, other), f"{mean:+.2f} ± {error:.2f}", f"{low:+.2f} to {high:+.2f}",
+                         f"{won:.0%} of {len(theirs)}"])  # fmt: skip
+    return aligned(rows)
 
 
 def wins_by_length(answers: dict[str, Answers], sft: Answers) -> str:
     """Win rates against SFT apart for answers shorter than SFT's, about as long, and longer: a policy that wins by
     length alone wins in the last column only. A row per policy."""
-    bins = {"under 0.8 × its length": (0, 0.8), "0.8 to 1.25 ×": (0.8, 1.25), "over 1.25 ×": (1.25, math.inf)}
-    lines = [f"{'policy':12s}" + "".join(f" {title:>24s}" for title in bins)]
+    bins = {"below 0.8": (0, 0.8), "0.8 to 1.25": (0.8, 1.25), "above 1.25": (1.25, math.inf)}
+    rows = [["policy", *bins]]
     for name, given in answers.items():
         won, ratio = wins(given.judged, sft.judged), given.length / sft.length
-        cells = []
+        rows.append([TITLES.get(name, name)])
         for low, high in bins.values():
             inside = won[(ratio >= low) & (ratio < high)]
-            cells.append(f" {f'{inside.mean():.0%} of {len(inside)}' if len(inside) else '–':>24s}")
-        lines.append(f"{TITLES.get(name, name):12s}" + "".join(cells))
-    return "\n".join(lines)
+            rows[-1].append(f"{inside.mean():.0%} of {len(inside)}" if len(inside) else "–")
+    return aligned(rows)
 
 
 def side_by_side(pairs: Pairs, answers: dict[str, Answers], count: int) -> str:
@@ -266,6 +293,60 @@ def side_by_side(pairs: Pairs, answers: dict[str, Answers], count: int) -> str:
                                        subsequent_indent=" " * 17))  # fmt: skip
         lines.append("")
     return "\n".join(lines)
+
+
+def as_prompt(text: str, tokenizer: Tokenizer) -> Tensor:
+    """Token ids of a question as the first turn of a dialogue, as in HH and the toy world; a text that already ends
+    like a prompt of the data is one. Returns [tokens]."""
+    if not text.endswith((TURN, "TL;DR:")):
+        text = f"\n\nHuman: {text}{TURN}"
+    return torch.tensor(tokenizer.begin + tokenizer.encode(text))
+
+
+def answer_prompt(settings: Settings, text: str) -> None:
+    """Prints every policy's answer to `text`."""
+    for name in settings.policies:
+        policy, tokenizer = load_model(settings, name, GPT)
+        settle(settings, policy.config.pretrained)
+        prompt = as_prompt(text, tokenizer)
+        (response,) = generate(
+            policy, [prompt], tokenizer.end, settings.max_new_tokens, settings.temperature, settings.seed
+        )
+        title = TITLES.get(name.removesuffix(".pt"), name.removesuffix(".pt"))
+        answer = tokenizer.decode(response.tolist()).strip() or "(nothing)"
+        print(textwrap.fill(answer, 118, initial_indent=f"{title:12s} ", subsequent_indent=" " * 13))
+
+
+def talk(settings: Settings) -> None:
+    """Answers each line typed, as the answer comes; every question stands alone."""
+    policy, tokenizer = load_model(settings, settings.model, GPT)
+    settle(settings, policy.config.pretrained)
+    ids, shown = [], ""
+
+    def show(tokens: Tensor) -> None:
+        nonlocal shown
+        ids.append(tokens.item())
+        text = tokenizer.decode(ids).lstrip()
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character's first bytes wait for its last
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+
+    for turn in itertools.count():
+        try:
+            text = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            break
+        if not text.strip():
+            continue
+        ids.clear()
+        shown = ""
+        seed = mixed_seed(settings.seed, turn)
+        try:
+            prompt = as_prompt(text, tokenizer)
+            generate(policy, [prompt], tokenizer.end, settings.max_new_tokens, settings.temperature, seed, watch=show)
+        except UserError as error:  # a question too long for the context
+            print(error, file=sys.stderr)
+        print(tokenizer.decode(ids).lstrip()[len(shown) :])
 
 
 # ---- A judge: another language model says which of two answers is better ----
@@ -466,9 +547,7 @@ def tally(verdicts: list[tuple[str | None, str | None]]) -> dict[str, float | No
 
 def judge_table(tallies: dict[tuple[str, str], dict[str, float | None]]) -> str:
     """The tallies, by policy and opponent, as a table with a row for each in which there was something to ask."""
-    form = "{:12s} {:8s} {:>17s} {:>6} {:>16} {:>17s} {:>11}"
-    lines = [form.format("policy", "against", "judged win rate", "ties", "orders disagree", "first place wins",
-                         "no verdict")]  # fmt: skip
+    rows = [["policy", "against", "judged win rate", "ties", "orders disagree", "first place wins", "no verdict"]]
     for (name, opponent), row in tallies.items():
         rate = share = "–"
         if row["win_rate"] is not None:
@@ -477,9 +556,10 @@ def judge_table(tallies: dict[tuple[str, str], dict[str, float | None]]) -> str:
         if row["decisions"]:
             share = f"{row['first_place_wins'] / row['decisions']:.0%} of {row['decisions']}"
         if row["prompts"] or row["no_verdict"]:
-            lines.append(form.format(TITLES.get(name, name), TITLES.get(opponent, opponent), rate, row["ties"],
-                                     row["orders_disagree"], share, row["no_verdict"]))  # fmt: skip
-    return "\n".join(lines)
+            counts = (str(row[key]) for key in ("ties", "orders_disagree"))
+            rows.append([TITLES.get(name, name), TITLES.get(opponent, opponent), rate, *counts, share,
+                         str(row["no_verdict"])])  # fmt: skip
+    return aligned(rows)
 
 
 def judge_answers(settings: Settings, pairs: Pairs, answers: dict[str, Answers], sft: Answers) -> dict[str, dict]:
@@ -525,157 +605,170 @@ def judge_answers(settings: Settings, pairs: Pairs, answers: dict[str, Answers],
 
 # ---- The study: every method and its controls, over seeds and over shares of wrong labels ----
 
-WORLD = "model.py"  # makes the toy world and SFT
-STUDY = {  # row: its checkpoint, and the commands behind model.py that make it
-    "SFT": ("sft.pt", []),
-    "DPO on all": ("dpo_all.pt", ["dpo.py --data pairs.pt --steps 64 --save dpo_all.pt"]),
-    "DPO on easy": ("dpo.pt", ["reward.py", "split.py", "dpo.py --steps 64"]),
-    "DPO on hard": ("dpo_hard.pt", ["reward.py", "split.py", "dpo.py --data hard.pt --steps 64 --save dpo_hard.pt"]),
-    "DPO on all, 256 steps": ("dpo_all_256.pt", ["dpo.py --data pairs.pt --steps 256 --save dpo_all_256.pt"]),
-    "DPO on easy, 256 steps": ("dpo_256.pt", ["reward.py", "split.py", "dpo.py --steps 256 --save dpo_256.pt"]),
-    "PPO from SFT, all": ("ppo_all.pt", [
-        "reward.py", "ppo.py --init sft.pt --data pairs.pt --steps 32 --save ppo_all.pt"]),
-    "PPO from SFT, hard": ("ppo_hard.pt", [
-        "reward.py", "split.py", "ppo.py --init sft.pt --steps 32 --save ppo_hard.pt"]),
-    "DPO on all, PPO on all": ("ppo_dpo_all.pt", [
-        "dpo.py --data pairs.pt --steps 64 --save dpo_all.pt", "reward.py",
-        "ppo.py --init dpo_all.pt --data pairs.pt --steps 32 --save ppo_dpo_all.pt"]),
-    "MPO": ("ppo.pt", ["reward.py", "split.py", "dpo.py --steps 64", "ppo.py --steps 32"]),
-    "MPO, random split": ("ppo_random.pt", [
-        "reward.py", "split.py --by random --easy easy_random.pt --hard hard_random.pt",
+WORLD = "model.py"  # makes the toy world, and SFT
+REWARD, SPLIT, DPO = "reward.py", "split.py", "dpo.py --steps 64"
+DPO_ALL = "dpo.py --data pairs.pt --steps 64 --save dpo_all.pt"
+DPO_HARD = "dpo.py --data hard.pt --steps 64 --save dpo_hard.pt"
+# Row: the commands that make its policy, which the last of them saves. Equal budgets: DPO takes 64 steps of 64 pairs
+# and PPO 32 of 128 prompts, unless the name says otherwise. What ran once under the same text is not run again:
+# after a change of commands or code, delete the study's folders.
+STUDY = {
+    "SFT": [],
+    "DPO on all": [DPO_ALL],
+    "DPO on easy": [REWARD, SPLIT, DPO],
+    "DPO on hard": [REWARD, SPLIT, DPO_HARD],
+    "DPO on all, 256 steps": ["dpo.py --data pairs.pt --steps 256 --save dpo_all_256.pt"],
+    "DPO on easy, 256 steps": [REWARD, SPLIT, "dpo.py --steps 256 --save dpo_256.pt"],
+    "PPO from SFT, all": [REWARD, "ppo.py --init sft.pt --data pairs.pt --steps 32 --save ppo_all.pt"],
+    "PPO from SFT, hard": [REWARD, SPLIT, "ppo.py --init sft.pt --steps 32 --save ppo_hard.pt"],
+    "DPO on all, PPO on all": [
+        DPO_ALL, REWARD, "ppo.py --init dpo_all.pt --data pairs.pt --steps 32 --save ppo_dpo_all.pt"],
+    "MPO": [REWARD, SPLIT, DPO, "ppo.py --steps 32"],
+    "MPO, random split": [
+        REWARD, "split.py --by random --easy easy_random.pt --hard hard_random.pt",
         "dpo.py --data easy_random.pt --steps 64 --save dpo_random.pt",
-        "ppo.py --init dpo_random.pt --data hard_random.pt --steps 32 --save ppo_random.pt"]),
-    "MPO, parts swapped": ("ppo_swapped.pt", [
-        "reward.py", "split.py", "dpo.py --data hard.pt --steps 64 --save dpo_hard.pt",
-        "ppo.py --init dpo_hard.pt --data easy.pt --steps 32 --save ppo_swapped.pt"]),
-    "MPO, reference SFT": ("ppo_reference_sft.pt", [
-        "reward.py", "split.py", "dpo.py --steps 64",
-        "ppo.py --reference sft.pt --steps 32 --save ppo_reference_sft.pt"]),
-    "PPO from SFT, hard, β 0.05": ("ppo_hard_cheap.pt", [
-        "reward.py", "split.py", "ppo.py --init sft.pt --kl-coefficient 0.05 --steps 32 --save ppo_hard_cheap.pt"]),
-    "MPO, β 0.05": ("ppo_cheap.pt", [
-        "reward.py", "split.py", "dpo.py --steps 64", "ppo.py --kl-coefficient 0.05 --steps 32 --save ppo_cheap.pt"]),
+        "ppo.py --init dpo_random.pt --data hard_random.pt --steps 32 --save ppo_random.pt"],
+    "MPO, parts swapped": [
+        REWARD, SPLIT, DPO_HARD, "ppo.py --init dpo_hard.pt --data easy.pt --steps 32 --save ppo_swapped.pt"],
+    "MPO, reference SFT": [
+        REWARD, SPLIT, DPO, "ppo.py --reference sft.pt --steps 32 --save ppo_reference_sft.pt"],
+    "PPO, hard, KL price 0.05": [
+        REWARD, SPLIT, "ppo.py --init sft.pt --kl-coefficient 0.05 --steps 32 --save ppo_hard_cheap.pt"],
+    "MPO, KL price 0.05": [REWARD, SPLIT, DPO, "ppo.py --kl-coefficient 0.05 --steps 32 --save ppo_cheap.pt"],
 }  # fmt: skip
+PPO_ROWS = "PPO from SFT, hard", "MPO, reference SFT", "MPO", "PPO, hard, KL price 0.05", "MPO, KL price 0.05"
 NOISE = 0.0, 0.15, 0.25, 0.4  # shares of wrong labels
 NOISE_ROWS = "SFT", "DPO on all", "DPO on easy", "PPO from SFT, all", "MPO"
-PPO_ROWS = "PPO from SFT, hard", "MPO, reference SFT", "MPO", "PPO from SFT, hard, β 0.05", "MPO, β 0.05"
-SECONDS = {"model.py": 60, "reward.py": 65, "split.py": 15, "dpo.py": 40, "ppo.py": 120, "evaluate.py": 60}
-# of each script on one core of a server EPYC: a first guess of how long a study takes
+# Seconds of each script on one core of a server EPYC: the first guess of how long a study takes.
+SECONDS = {"model.py": 50, "reward.py": 65, "split.py": 20, "dpo.py": 60, "ppo.py": 135, "evaluate.py": 60}
+Numbers = dict[str, dict[str, Tensor]]  # row → key → its value for each seed, [seeds]
 
 
-@dataclass
+def saved_as(command: str) -> str:
+    """The name that a command's checkpoint, log and state have, without the ending."""
+    named = re.search(r"--save (\w+)", command)
+    script = Path(command.split()[0]).stem
+    return named[1] if named else {"model": "sft"}.get(script, script)
+
+
+def policy_of(row: str) -> str:
+    """The name of a row's checkpoint, without .pt."""
+    return saved_as([WORLD, *STUDY[row]][-1])
+
+
+@dataclass(eq=False)
 class Run:
-    """One folder of the study: `commands` make the `rows` there, one after the other. finished: command → seconds."""
+    """One folder of the study, in which commands run one after the other and make `rows`. record: what study.json
+    there holds, command → its seconds, those of stopped attempts included, and whether it is done."""
 
     folder: Path
     seed: int
-    rows: list[str]
+    rows: tuple[str, ...]
     wrong_labels: float | None = None
-    finished: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        path = self.folder / "study.jsonl"
-        for line in path.read_text().splitlines() if path.exists() else []:
-            with contextlib.suppress(ValueError, LookupError, TypeError):  # half a line, as a power cut may leave
-                entry = json.loads(line)
-                self.finished[entry["command"]] = entry["seconds"]
+        path = self.folder / "study.json"
+        with reading(path):
+            self.record = json.loads(path.read_text("utf-8")) if path.exists() else {}
 
     @property
     def commands(self) -> list[str]:
-        """All commands in order. What several rows need is there once."""
-        first = WORLD if self.wrong_labels is None else f"{WORLD} --wrong-labels {self.wrong_labels}"
-        middle = [command for row in self.rows for command in STUDY[row][1]]
-        policies = " ".join(STUDY[row][0] for row in self.rows)
-        return list(dict.fromkeys([first, *middle, f"evaluate.py --policies {policies} --samples 0"]))
+        """All commands in order; what several rows need is there once."""
+        world = WORLD if self.wrong_labels is None else f"{WORLD} --wrong-labels {self.wrong_labels}"
+        policies = " ".join(f"{policy_of(row)}.pt" for row in self.rows)
+        evaluation = f"evaluate.py --policies {policies} --samples 0 --save study_evaluation.json"
+        return list(dict.fromkeys([world, *(command for row in self.rows for command in STUDY[row]), evaluation]))
 
     @property
     def missing(self) -> list[str]:
-        """The commands still to be run."""
-        return [command for command in self.commands if command not in self.finished]
+        """The commands still to run."""
+        return [command for command in self.commands if not self.record.get(command, {}).get("done")]
 
-    def work(self, settings: Settings, threads: int, stop: threading.Event, done) -> None:
-        """Runs what is missing, and calls `done` with each command that ended well. Raises UserError at one that did
-        not; what a stopped training stage saved is gone on from."""
+    def start(self, settings: Settings, threads: int) -> None:
+        """Starts the first missing command, where it was stopped if it was. In a session of its own: a terminal's
+        Ctrl-C does not reach it, so that `stop` can send one, and one only, which makes a stage save its state."""
+        script, *flags = self.missing[0].split()
+        flags += [f"--out={self.folder}", f"--seed={self.seed}"]
+        flags += [f"--device={settings.device}", f"--dtype={settings.dtype}"]
+        if settings.compile is not None:
+            flags.append("--compile" if settings.compile else "--no-compile")
+        if (self.folder / f"{saved_as(self.missing[0])}.state.pt").exists():
+            flags.append("--resume")
+        command = [sys.executable, str(Path(__file__).with_name(script)), *flags]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
         self.folder.mkdir(parents=True, exist_ok=True)
-        flags = ["--out", str(self.folder), "--seed", str(self.seed), "--device", settings.device]
-        for command in self.missing:
-            if stop.is_set():
-                return
-            script, *own = command.split()
-            resume = ["--resume"] if any(self.folder.glob("*.state.pt")) else []
-            argv = [sys.executable, str(Path(__file__).with_name(script)), *own, *flags, *resume]
-            log, began = self.folder / "study.log", time.perf_counter()
-            with log.open("a") as file:
-                print(f"$ {shlex.join(argv)}", file=file, flush=True)
-                code = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-                                      env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode  # fmt: skip
-            if code:
-                raise UserError(f"{command} in {self.folder}: ended with code {code}; what it said is at the end of "
-                                f"{log}, and the same --study goes on from there")  # fmt: skip
-            self.finished[command] = time.perf_counter() - began
-            with (self.folder / "study.jsonl").open("a") as file:
-                file.write(json.dumps({"command": command, "seconds": self.finished[command]}) + "\n")
-            done(command)
+        with (self.folder / "study.log").open("a", encoding="utf-8", errors="replace") as log:
+            print("$", shlex.join(command), file=log, flush=True)
+            self.child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                                          env=environment, start_new_session=True)  # fmt: skip
+        self.began = time.perf_counter()
+
+    def stop(self) -> None:
+        """Lets the command under way save its state and end."""
+        self.child.send_signal(signal.SIGINT)
+
+    def finish(self) -> str:
+        """Waits for the command under way, notes its end and its seconds, and returns it. Raises UserError if it
+        failed."""
+        command, code, log = self.missing[0], self.child.wait(), self.folder / "study.log"
+        seconds = self.record.get(command, {}).get("seconds", 0.0) + time.perf_counter() - self.began
+        self.record[command] = {"seconds": seconds, "done": code == 0}
+        write_text(self.folder / "study.json", json.dumps(self.record, indent=1) + "\n")
+        if code:
+            last = log.read_text("utf-8", "replace").splitlines()[-1]
+            raise UserError(f"{command} in {self.folder} ended with code {code}: {last} (all it said is in {log})")
+        return command
 
 
 def study_runs(settings: Settings) -> list[Run]:
     """The study's folders, long runs first."""
     root, seeds = Path(settings.out) / "study", range(settings.seed, settings.seed + settings.seeds)
-    runs = [Run(root / f"seed{seed}", seed, list(STUDY)) for seed in seeds]
-    for wrong in NOISE:
-        for seed in seeds[: settings.noise_seeds]:
-            runs.append(Run(root / f"wrong{round(100 * wrong)}" / f"seed{seed}", seed, list(NOISE_ROWS), wrong))
-    return runs
+    runs = [Run(root / f"seed{seed}", seed, tuple(STUDY)) for seed in seeds]
+    noisy = itertools.product(NOISE, seeds[: settings.noise_seeds])
+    return runs + [
+        Run(root / f"wrong{wrong:.0%}"[:-1] / f"seed{seed}", seed, NOISE_ROWS, wrong) for wrong, seed in noisy
+    ]
 
 
 def expected_seconds(command: str, runs: list[Run]) -> float:
-    """How long a command will take: the mean of where it has run already, or else the guess for its script."""
-    known = [run.finished[command] for run in runs if command in run.finished]
+    """How long a command will take: the mean of where it is done already, or else the guess for its script."""
+    known = [entry["seconds"] for run in runs for key, entry in run.record.items() if key == command and entry["done"]]
     return sum(known) / len(known) if known else SECONDS[command.split()[0]]
 
 
 def work_through(settings: Settings, runs: list[Run]) -> None:
-    """Runs all that is missing, several folders at once, each command on its share of the cores."""
-    left = [[expected_seconds(command, runs) for command in run.missing] for run in runs]
-    count, total = sum(map(len, left)), sum(map(sum, left))
-    cores = os.cpu_count() or 1
-    parallel = min(settings.parallel or cores, sum(map(bool, left)))
-    if not count:
+    """Runs all that is missing, several folders at once, each command on its share of the cores. When one fails, or
+    on Ctrl-C or SIGTERM, the others save their states and end too."""
+    waiting, running = [run for run in runs if run.missing], []
+    if not waiting:
         return
-    minutes = max(total / parallel, max(map(sum, left))) / 60
-    print(f"study in {settings.out}/study: {count} commands to run, {parallel} at a time, about {minutes:.0f} minutes "
-          "on cores of a server EPYC.\nCtrl-C stops; the same command goes on, and runs nothing twice.")  # fmt: skip
-    stop, lock = threading.Event(), threading.Lock()
-    form = "{l_bar}{bar}| {elapsed}, {remaining} left{postfix}"
-    with tqdm(total=total, desc="study", bar_format=form) as bar, ThreadPoolExecutor(parallel) as pool:
-
-        def done(command: str) -> None:
-            with lock:
-                bar.update(expected[command])
-
-        expected = {command: expected_seconds(command, runs) for run in runs for command in run.missing}
-        pending = {pool.submit(run.work, settings, max(1, cores // parallel), stop, done) for run in runs}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parallel = min(settings.parallel or (cores if choose_device(settings).type == "cpu" else 1), len(waiting))
+    expected = {command: expected_seconds(command, runs) for run in waiting for command in run.missing}
+    left = [sum(expected[command] for command in run.missing) for run in waiting]
+    minutes = max(sum(left) / parallel, max(left)) / 60
+    print(f"study in {settings.out}/study: {sum(len(run.missing) for run in waiting)} commands to run, {parallel} at a "
+          f"time, about {minutes:.0f} minutes\n(where nothing has run yet, going by one core of a server EPYC each). "
+          "Ctrl-C stops; the same command goes on.")  # fmt: skip
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    form = "{l_bar}{bar}| {elapsed}, {remaining} left"
+    with tqdm(total=sum(left), desc="study", bar_format=form) as bar:
         try:
-            while pending:
-                finished, pending = wait(pending, timeout=5, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    future.result()
-                bar.refresh()  # the clock goes on
-        except BaseException:
-            stop.set()
-            print("waiting for the commands under way to stop")
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-STUDY_COLUMNS = {  # column: (key, format)
-    "gold": ("gold_reward", "{:.2f} ± {:.2f}"), "reward": ("reward", "{:.2f} ± {:.2f}"),
-    "vs SFT": ("win_rate_vs_sft", "{:.0%} ± {:.0%}"), "KL": ("kl", "{:.1f} ± {:.1f}"),
-    "length": ("length", "{:.1f} ± {:.1f}"), "ended": ("ended", "{:.1%}"), "steps": ("gradient_steps", "{:,.0f}"),
-    "generated": ("generated_tokens", "{:,.0f}"), "seconds": ("seconds", "{:,.0f}"),
-}  # fmt: skip
-
-Numbers = dict[str, dict[str, Tensor]]  # row → key of STUDY_COLUMNS → its value for each seed
+            while waiting or running:
+                while waiting and len(running) < parallel:
+                    running.append(waiting.pop(0))
+                    running[-1].start(settings, max(1, cores // parallel))
+                time.sleep(0.1)
+                for run in [run for run in running if run.child.poll() is not None]:
+                    running.remove(run)
+                    bar.update(expected[run.finish()])
+                    waiting[:0] = [run] if run.missing else []
+        finally:
+            for run in running:
+                run.stop()
+            for run in running:
+                with contextlib.suppress(UserError):
+                    run.finish()
 
 
 def read_log(path: Path) -> list[dict]:
@@ -683,78 +776,78 @@ def read_log(path: Path) -> list[dict]:
     return [json.loads(line) for line in whole_lines(path)] if path.exists() else []
 
 
-def log_of(run: Run, command: str) -> list[dict]:
-    """The log that a training command of the study left; empty for split.py, which has none."""
-    named = re.search(r"--save (\w+)\.pt", command)
-    return read_log(run.folder / f"{named[1] if named else Path(command.split()[0]).stem}.jsonl")
-
-
 def cost(run: Run, commands: list[str]) -> dict[str, float]:
-    """What a row took beyond SFT: optimiser steps, tokens of answers that PPO generated, seconds."""
-    steps = sum(row.get("updates", 1) for command in commands for row in log_of(run, command))
-    answered = [row for command in commands if command.startswith("ppo.py") for row in log_of(run, command)]
-    tokens = sum(row["tokens_per_second"] * row["seconds"] for row in answered)
-    seconds = sum(run.finished[command] for command in commands)
-    return {"gradient_steps": steps, "generated_tokens": tokens, "seconds": seconds}
+    """What commands took: optimiser steps, tokens of answers that PPO generated, seconds."""
+    steps = tokens = 0
+    for command in commands:
+        for line in read_log(run.folder / f"{saved_as(command)}.jsonl"):  # none for split.py
+            steps += line.get("updates", 1)
+            tokens += line["tokens_per_second"] * line["seconds"] if command.startswith("ppo.py") else 0
+    return {"updates": steps, "tokens": tokens, "seconds": sum(run.record[command]["seconds"] for command in commands)}
 
 
 def study_numbers(runs: list[Run]) -> Numbers:
     """What evaluate.py measured of the rows of these runs, all of which have the same, and what they cost."""
-    evaluations = [json.loads((run.folder / "evaluation.json").read_text()) for run in runs]
-    numbers = {}
-    for row in runs[0].rows:
-        checkpoint, commands = STUDY[row]
-        measured = [evaluation[checkpoint.removesuffix(".pt")] for evaluation in evaluations]
-        values = [found | cost(run, commands) for found, run in zip(measured, runs, strict=True)]
-        numbers[row] = {key: torch.tensor([float(one[key]) for one in values]) for key, _ in STUDY_COLUMNS.values()}
-    return numbers
+    numbers = {row: [] for row in runs[0].rows}
+    for run in runs:
+        evaluation = json.loads((run.folder / "study_evaluation.json").read_text("utf-8"))
+        for row, values in numbers.items():
+            values.append(evaluation[policy_of(row)] | cost(run, STUDY[row]))
+    keys = [key for key, _ in STUDY_COLUMNS.values()]
+    return {row: {key: torch.tensor([float(one[key]) for one in values]).double() for key in keys}
+            for row, values in numbers.items()}  # fmt: skip
+
+
+STUDY_COLUMNS = {  # column: (key, format)
+    "gold reward": ("gold_reward", "{:.2f} ± {:.2f}"), "reward": ("reward", "{:.2f} ± {:.2f}"),
+    "wins vs SFT": ("win_rate_vs_sft", "{:.0%} ± {:.0%}"), "KL from SFT": ("kl", "{:.1f} ± {:.1f}"),
+    "length": ("length", "{:.1f} ± {:.1f}"), "ended": ("ended", "{:.1%}"), "updates": ("updates", "{:,.0f}"),
+    "tokens": ("tokens", "{:,.0f}"), "seconds": ("seconds", "{:,.0f}"),
+}  # fmt: skip
 
 
 def study_table(numbers: Numbers) -> str:
     """Rows and columns of the study: mean over seeds ± its standard error."""
-    form = "{:26s}{:>13s}{:>13s}{:>10s}{:>10s}{:>11s}{:>7s}{:>6s}{:>10s}{:>8s}"
-    lines = [form.format("policy", *STUDY_COLUMNS)]
-    for row, columns in numbers.items():
-        cells = [cell.format(*mean_and_error(columns[key])) for key, cell in STUDY_COLUMNS.values()]
-        lines.append(form.format(row, *cells))
-    return "\n".join(lines)
+    rows = [[row, *(form.format(*mean_and_error(columns[key])) for key, form in STUDY_COLUMNS.values())]
+            for row, columns in numbers.items()]  # fmt: skip
+    return aligned([["policy", *STUDY_COLUMNS], *rows])
 
 
 def noise_table(noise: dict[float, Numbers]) -> str:
-    """Gold reward by method and share of wrong labels, mean over seeds ± standard error, and what the most wrong
+    """Gold reward by method and share of wrong labels, mean over seeds ± standard error; and what the most wrong
     labels cost against none, seed by seed."""
-    lines = [f"{'wrong labels':26s}" + "".join(f"{wrong:>13.0%}" for wrong in noise) + f"{'lost in all':>15s}"]
+    rows = [["wrong labels", *(f"{wrong:.0%}" for wrong in noise), f"{min(noise):.0%} less {max(noise):.0%}"]]
     for row in NOISE_ROWS:
         golds = [numbers[row]["gold_reward"] for numbers in noise.values()]
-        cells = ["{:.2f} ± {:.2f}".format(*mean_and_error(gold)) for gold in [*golds, golds[0] - golds[-1]]]
-        lines.append(f"{row:26s}" + "".join(f"{cell:>13s}" for cell in cells[:-1]) + f"{cells[-1]:>15s}")
-    return "\n".join(lines)
+        rows.append(
+            [row, *("{:.2f} ± {:.2f}".format(*mean_and_error(gold)) for gold in [*golds, golds[0] - golds[-1]])]
+        )
+    return aligned(rows)
 
 
 def smoothed(logs: list[list[dict]], key: str) -> Tensor:
     """`key` of PPO's logs, one for each run: means over every 4 steps in a row, [runs, steps − 3]."""
-    return torch.tensor([[record[key] for record in log] for log in logs]).unfold(1, 4, 1).mean(2)
+    return torch.tensor([[line[key] for line in log] for log in logs]).double().unfold(1, 4, 1).mean(2)
 
 
-def sample_table(logs: dict[str, list[list[dict]]]) -> str:
-    """How far PPO has come after so many steps, and how steadily. logs: row → its PPO log in each run. Gold and model
-    reward of the answers it trains on, means of four steps: mean over runs ± standard deviation; the worst fall."""
+def ppo_table(logs: dict[str, list[list[dict]]]) -> str:
+    """Gold and model reward of the answers that PPO trains on, as it goes: mean over runs ± standard error of the
+    means of 4 steps; the spread of the last over runs; and how far they are below the best such mean, on average. logs:
+    row → its PPO log in each run."""
     steps = len(next(iter(logs.values()))[0])
     places = torch.linspace(0, steps - 4, 5).round().long().tolist()
-    titles = "".join(f"{f'steps {place + 1}–{place + 4}':>14s}" for place in places)
-    lines = [f"{'':28s}{titles}{'worst fall':>12s}"]
+    rows = [["", *(f"steps {place + 1}–{place + 4}" for place in places), "deviation", "below best"]]
     for row, known in logs.items():
-        for key, name in (("gold_reward", row), ("score", "  its reward model's reward")):
+        for key, name in (("gold_reward", f"{row}: gold"), ("score", "  reward model")):
             curves = smoothed(known, key)
-            spread = curves.std(0) if len(known) > 1 else torch.zeros(curves.shape[1])
-            cells = [f"{curves[:, place].mean():.2f} ± {spread[place]:.2f}" for place in places]
-            fall = (curves.max(1).values - curves[:, -1]).max()
-            lines.append(f"{name:28s}" + "".join(f"{cell:>14s}" for cell in cells) + f"{fall:12.2f}")
-    return "\n".join(lines)
+            cells = ["{:.2f} ± {:.2f}".format(*mean_and_error(curves[:, place])) for place in places]
+            fall = curves.max(1).values - curves[:, -1]
+            rows.append([name, *cells, f"{curves[:, -1].std():.2f}", f"{fall.mean():.2f}"])
+    return aligned(rows)
 
 
 def study(settings: Settings) -> None:
-    """Trains what the study lacks, prints its tables, and writes them to study.json."""
+    """Runs what the study lacks, prints its tables, and writes study.json and the figures."""
     # 1. Train and evaluate.
     runs = study_runs(settings)
     work_through(settings, runs)
@@ -762,24 +855,24 @@ def study(settings: Settings) -> None:
     # 2. Every method, and what MPO is ahead of each by.
     main_runs = [run for run in runs if run.wrong_labels is None]
     numbers = study_numbers(main_runs)
-    print(f"toy world, mean ± standard error over {settings.seeds} seeds; steps, generated tokens and seconds: what a "
-          "policy takes\nbeyond SFT, its reward model included\n\n" + study_table(numbers))  # fmt: skip
-    print("\nMPO's gold reward above that of …, seed by seed: mean ± standard error, 95% interval, share of seeds")
-    print(differences({row: columns["gold_reward"] for row, columns in numbers.items()}, "MPO"))
+    print(f"toy world, mean ± standard error over {settings.seeds} seeds. What a policy takes beyond SFT, its reward "
+          "model included:\noptimiser updates, tokens that PPO generated, seconds with other commands beside it\n\n"
+          f"{study_table(numbers)}\n\npaired by seed, gold reward")  # fmt: skip
+    print(differences({row: columns["gold_reward"] for row, columns in numbers.items()}, "MPO", "seeds"))
 
-    # 3. PPO's use of samples, and wrong labels.
-    print("\nreward of PPO's own answers: mean ± standard deviation over seeds; fall: from a seed's best to its end")
-    logs = {row: [log_of(run, STUDY[row][1][-1]) for run in main_runs] for row in PPO_ROWS}
-    print(sample_table(logs))
-    noise = {
-        wrong: study_numbers([run for run in runs if run.wrong_labels == wrong])
-        for wrong in NOISE if settings.noise_seeds
-    }  # fmt: skip
-    if noise:
-        print(f"\ngold reward by share of wrong labels, whatever their gap: mean ± standard error over seeds "
-              f"({min(settings.noise_seeds, settings.seeds)})\n" + noise_table(noise))  # fmt: skip
+    # 3. The course of PPO, and wrong labels.
+    logs = {row: [read_log(run.folder / f"{policy_of(row)}.jsonl") for run in main_runs] for row in PPO_ROWS}
+    print(
+        f"\nreward of the answers that PPO trains on, 128 a step: mean ± standard error over seeds\n{ppo_table(logs)}"
+    )
+    noise = {}
+    if settings.noise_seeds:
+        noise = {wrong: study_numbers([run for run in runs if run.wrong_labels == wrong]) for wrong in NOISE}
+        count = min(settings.noise_seeds, settings.seeds)
+        print("\ngold reward by the share of wrong labels (of pairs with a better side, whatever the gap), mean ± "
+              f"standard error over {count} seeds\n{noise_table(noise)}")  # fmt: skip
     path = Path(settings.out) / "study" / "study.json"
-    content = {"methods": numbers, "wrong_labels": noise}
+    content = {"seeds": [run.seed for run in main_runs], "methods": numbers, "wrong_labels": noise}
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False, default=Tensor.tolist) + "\n")
 
     # 4. Figures.
@@ -806,169 +899,113 @@ def require_matplotlib():
     return matplotlib
 
 
-def new_figure(panels: int = 1, height: float = 3.6, **options):
-    """(figure, its panels side by side), all in one style."""
-    matplotlib = require_matplotlib()
-    figure = matplotlib.figure.Figure(figsize=(max(6.4, 4.4 * panels), height), dpi=110, layout="constrained")
+@contextlib.contextmanager
+def drawing(path: Path, panels: int = 1, height: float = 3.6, **options):
+    """Gives (figure, its panels side by side), all in one style, to draw on, and then writes a PNG."""
+    size = max(6.4, 4.4 * panels), height
+    figure = require_matplotlib().figure.Figure(figsize=size, dpi=110, layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False, **options)[0]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
         axis.set_axisbelow(True)
-    return figure, axes
-
-
-def save_figure(figure, path: Path) -> Path:
-    """Writes a figure as PNG, whole, and returns its path."""
+    yield figure, axes
     write_whole(path, lambda file: figure.savefig(file, format="png"))
-    return path
 
 
 def draw_gaps(path: Path, easy: Pairs, hard: Pairs) -> Path:
     """Histogram of the reward gaps of both parts' pairs; wrong labels coloured where they are known."""
-    figure, (axis,) = new_figure()
     groups = {}
     for name, part in (("easy", easy), ("hard", hard)):
         wrong = torch.zeros(len(part), dtype=torch.bool) if part.gold is None else part.gold[:, 0] < part.gold[:, 1]
         gaps = part.rewards[:, 0] - part.rewards[:, 1]
         groups |= {name: gaps[~wrong], f"{name}, label wrong": gaps[wrong]}
-    colours = COLOURS[1], COLOURS[7], COLOURS[2], COLOURS[3]
-    shown = [(name, gaps, colour) for (name, gaps), colour in zip(groups.items(), colours, strict=True) if len(gaps)]
-    names, gaps, colours = zip(*shown, strict=True)
-    names = [f"{name}: {len(group)} pairs" for name, group in zip(names, gaps, strict=True)]
-    axis.hist([group.numpy() for group in gaps], bins=48, stacked=True, color=colours, label=names)
-    axis.set(xlabel="reward gap, chosen − rejected", ylabel="training pairs", title="What the reward model is sure of")
-    axis.legend(frameon=False, fontsize=8)
-    return save_figure(figure, path)
+    colours = dict(zip(groups, (COLOURS[1], COLOURS[7], COLOURS[2], COLOURS[3]), strict=True))
+    groups = {name: gaps.numpy() for name, gaps in groups.items() if len(gaps)}
+    with drawing(path) as (_, (axis,)):
+        labels = [f"{name}: {len(gaps)} pairs" for name, gaps in groups.items()]
+        axis.hist(groups.values(), bins=48, stacked=True, color=[colours[name] for name in groups], label=labels)
+        axis.set(
+            xlabel="reward gap, chosen − rejected", ylabel="training pairs", title="What the reward model is sure of"
+        )
+        axis.legend(frameon=False, fontsize=8)
+    return path
 
 
 def draw_calibration(path: Path, rewards: Tensor) -> Path:
     """Predicted against observed preference on labelled pairs [n, 2], with 95% intervals."""
-    figure, (axis,) = new_figure()
-    axis.plot([0.5, 1], [0.5, 1], color=COLOURS[0], linewidth=1, linestyle="--", label="as predicted")
-    for number, (predicted, observed, count) in enumerate(calibration(rewards)):
-        low, high = wilson_interval(observed, count)
-        axis.errorbar(predicted, observed, [[max(0, observed - low)], [max(0, high - observed)]], fmt="o", capsize=3,
-                      color=COLOURS[1], label=None if number else "observed, 95% interval")  # fmt: skip
-        axis.annotate(f"{count} pairs", (predicted, observed), (8, -12), textcoords="offset points", fontsize=8)
-    axis.set(xlabel="predicted: σ(gap) for the side ranked first", ylabel="share where it is the chosen one",
-             title="Calibration of the reward model on test pairs")  # fmt: skip
-    axis.legend(frameon=False)
-    return save_figure(figure, path)
+    with drawing(path) as (_, (axis,)):
+        axis.plot([0.5, 1], [0.5, 1], color=COLOURS[0], linewidth=1, linestyle="--", label="as predicted")
+        for number, (predicted, observed, count) in enumerate(calibration(rewards)):
+            low, high = wilson_interval(observed, count)
+            below, above = max(0, observed - low), max(0, high - observed)
+            axis.errorbar(predicted, observed, [[below], [above]], fmt="o", capsize=3, color=COLOURS[1],
+                          label=None if number else "observed, 95% interval")  # fmt: skip
+            axis.annotate(f"{count} pairs", (predicted, observed), (8, -12), textcoords="offset points", fontsize=8)
+        axis.set(xlabel="predicted: σ(gap) for the side ranked first", ylabel="share where it is the chosen one",
+                 title="Calibration of the reward model on test pairs")  # fmt: skip
+        axis.legend(frameon=False)
+    return path
 
 
 def draw_rewards(path: Path, rows: dict[str, dict[str, tuple[float, float]]]) -> Path:
-    """Gold reward and model reward against KL from SFT. rows: policy → kl, gold_reward (may lack), reward, each
+    """Gold reward (unless it lacks) and model reward against KL from SFT. rows: policy → kl, gold_reward, reward, each
     (mean, standard error)."""
     panels = {key: title for key, title in (("gold_reward", "gold reward"), ("reward", "reward model's reward"))
               if all(key in row for row in rows.values())}  # fmt: skip
-    figure, axes = new_figure(len(panels), 4.4)
-    for axis, (key, title) in zip(axes, panels.items(), strict=True):
-        for number, (name, row) in enumerate(rows.items()):
-            (kl, kl_error), (reward, error) = row["kl"], row[key]
-            axis.errorbar(kl, reward, error, kl_error, fmt="osD^v"[number // 8 % 5], capsize=2, markersize=6,
-                          color=COLOURS[number % 8], label=name)  # fmt: skip
-        axis.set(xlabel="KL from SFT, nats an answer", ylabel=title)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
-    figure.suptitle("What a policy gains, and how far it went for it (mean ± standard error)")
-    return save_figure(figure, path)
+    with drawing(path, len(panels), 4.4) as (figure, axes):
+        for axis, (key, title) in zip(axes, panels.items(), strict=True):
+            for number, (name, row) in enumerate(rows.items()):
+                (kl, kl_error), (reward, error) = row["kl"], row[key]
+                axis.errorbar(kl, reward, error, kl_error, fmt="osD^v"[number // 8 % 5], capsize=2, markersize=6,
+                              color=COLOURS[number % 8], label=name)  # fmt: skip
+            axis.set(xlabel="KL from SFT, nats an answer", ylabel=title)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
+        figure.suptitle("What a policy gains, and how far it went for it (mean ± standard error)")
+    return path
 
 
 def draw_ppo(path: Path, logs: dict[str, list[list[dict]]]) -> Path:
     """Gold and model reward while PPO trains, a panel for each policy, a thin line for each of its runs' logs."""
-    figure, axes = new_figure(len(logs), 3.4, sharey=True)
-    for axis, (name, known) in zip(axes, logs.items(), strict=True):
-        for key, colour, label in (("score", COLOURS[3], "reward model"), ("gold_reward", COLOURS[1], "gold")):
-            if key in known[0][0]:
-                curves = smoothed(known, key)
-                steps = range(4, 4 + curves.shape[1])
-                axis.plot(steps, curves.T, color=colour, linewidth=0.7, alpha=0.5)
-                axis.plot(steps, curves.mean(0), color=colour, linewidth=2, label=label)
-        axis.set(xlabel="PPO step", title=name)
-    axes[0].set_ylabel("reward of the answers, means of 4 steps")
-    axes[-1].legend(frameon=False)
-    return save_figure(figure, path)
+    with drawing(path, len(logs), 3.4, sharey=True) as (_, axes):
+        for axis, (name, known) in zip(axes, logs.items(), strict=True):
+            for key, colour, label in (("score", COLOURS[3], "reward model"), ("gold_reward", COLOURS[1], "gold")):
+                if key in known[0][0]:
+                    curves = smoothed(known, key)
+                    steps = range(4, 4 + curves.shape[1])
+                    axis.plot(steps, curves.T, color=colour, linewidth=0.7, alpha=0.5)
+                    axis.plot(steps, curves.mean(0), color=colour, linewidth=2, label=label)
+            axis.set(xlabel="PPO step", title=name)
+        axes[0].set_ylabel("reward of the answers, means of 4 steps")
+        axes[-1].legend(frameon=False)
+    return path
 
 
 def draw_noise(path: Path, noise: dict[float, Numbers]) -> Path:
     """Gold reward of each method against the share of wrong labels."""
-    figure, (axis,) = new_figure()
-    for row, colour in zip(NOISE_ROWS, COLOURS, strict=False):
-        points = [mean_and_error(numbers[row]["gold_reward"]) for numbers in noise.values()]
-        means, errors = zip(*points, strict=True)
-        axis.errorbar([100 * wrong for wrong in noise], means, errors, color=colour, marker="o", capsize=3, label=row)
-    axis.set(xlabel="wrong labels, %", ylabel="gold reward, mean ± standard error", title="What wrong labels cost")
-    axis.legend(frameon=False, fontsize=8)
-    return save_figure(figure, path)
+    with drawing(path) as (_, (axis,)):
+        for row, colour in zip(NOISE_ROWS, COLOURS, strict=False):
+            points = [mean_and_error(numbers[row]["gold_reward"]) for numbers in noise.values()]
+            means, errors = zip(*points, strict=True)
+            percent = [100 * wrong for wrong in noise]
+            axis.errorbar(percent, means, errors, color=colour, marker="o", capsize=3, label=row)
+        axis.set(xlabel="wrong labels, %", ylabel="gold reward, mean ± standard error", title="What wrong labels cost")
+        axis.legend(frameon=False, fontsize=8)
+    return path
 
 
-def draw_run(settings: Settings, reward: RewardModel, summaries: dict[str, dict]) -> list[Path]:
-    """The figures of one run: gaps, calibration, rewards, and the course of PPO for each policy that has its log."""
+def draw_run(settings: Settings, parts: list[Pairs], test_rewards: Tensor, summaries: dict[str, dict]) -> list[Path]:
+    """The figures of one run: gaps of easy and hard pairs, calibration on rewards of test pairs [n, 2], rewards against
+    KL, and the course of PPO of each policy that has its log."""
     folder = Path(settings.out)
-    test = load_pairs(settings, settings.data)
-    written = [draw_gaps(folder / "gaps.png", *(load_pairs(settings, part) for part in ("easy.pt", "hard.pt")))]
-    written.append(draw_calibration(folder / "calibration.png", score_pairs(reward, test, choose_device(settings))))
     means = {TITLES.get(name, name): {key: (row[key], row[f"{key}_se"]) for key in ("kl", "gold_reward", "reward")
              if row[key] is not None} for name, row in summaries.items()}  # fmt: skip
-    written.append(draw_rewards(folder / "rewards.png", means))
     logs = {TITLES.get(name, name): read_log(folder / f"{name}.jsonl") for name in summaries}
     logs = {title: [log] for title, log in logs.items() if len(log) > 3 and "score" in log[0]}
+    written = [draw_gaps(folder / "gaps.png", *parts), draw_calibration(folder / "calibration.png", test_rewards)]
+    written.append(draw_rewards(folder / "rewards.png", means))
     return written + ([draw_ppo(folder / "ppo.png", logs)] if logs else [])
-
-
-def as_prompt(text: str, tokenizer: Tokenizer) -> Tensor:
-    """Token ids of a question as the first turn of a dialogue, as in HH and the toy world; a text that already ends
-    like a prompt of the data is one. Returns [tokens]."""
-    if not text.endswith((TURN, "TL;DR:")):
-        text = f"\n\nHuman: {text}{TURN}"
-    return torch.tensor(tokenizer.begin + tokenizer.encode(text))
-
-
-def answer_prompt(settings: Settings, text: str) -> None:
-    """Prints every policy's answer to `text`."""
-    for name in settings.policies:
-        policy, tokenizer = load_model(settings, name, GPT)
-        settle(settings, policy.config.pretrained)
-        prompt = as_prompt(text, tokenizer)
-        (response,) = generate(
-            policy, [prompt], tokenizer.end, settings.max_new_tokens, settings.temperature, settings.seed
-        )
-        title = TITLES.get(name.removesuffix(".pt"), name.removesuffix(".pt"))
-        answer = tokenizer.decode(response.tolist()).strip() or "(nothing)"
-        print(textwrap.fill(answer, 118, initial_indent=f"{title:12s} ", subsequent_indent=" " * 13))
-
-
-def talk(settings: Settings) -> None:
-    """Answers each line typed, as the answer comes; every question stands alone."""
-    policy, tokenizer = load_model(settings, settings.model, GPT)
-    settle(settings, policy.config.pretrained)
-    ids, shown = [], ""
-
-    def show(tokens: Tensor) -> None:
-        nonlocal shown
-        ids.append(tokens.item())
-        text = tokenizer.decode(ids).lstrip()
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character's first bytes wait for its last
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-
-    for turn in itertools.count():
-        try:
-            text = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            break
-        if not text.strip():
-            continue
-        ids.clear()
-        shown = ""
-        seed = mixed_seed(settings.seed, turn)
-        try:
-            prompt = as_prompt(text, tokenizer)
-            generate(policy, [prompt], tokenizer.end, settings.max_new_tokens, settings.temperature, seed, watch=show)
-        except UserError as error:  # a question too long for the context
-            print(error, file=sys.stderr)
-        print(tokenizer.decode(ids).lstrip()[len(shown) :])
 
 
 def main() -> None:
@@ -987,6 +1024,7 @@ def main() -> None:
     reward, _ = load_model(settings, settings.reward, RewardModel)
     settle(settings, sft.config.pretrained)
     chosen = score_pairs(reward, pairs, device)[:, 0] if pairs.gold is None else pairs.gold[:, 0]
+    parts = [load_pairs(settings, name) for name in ("easy.pt", "hard.pt")] if settings.figure else []
 
     # 2. Answers of each policy, and of SFT to compare them with.
     prompts = [pairs[index][0] for index in range(len(pairs))]
@@ -1008,18 +1046,21 @@ def main() -> None:
     best = "" if pairs.gold is None else f"; the best gold reward possible is {TOY_BEST_REWARD}"
     print(f"{len(pairs)} test prompts; mean ± standard error, or (95% interval){best}")
     print(table(summaries))
-    last = list(answers)[-1]
     if len(answers) > 1:
-        print(f"\n{TITLES.get(last, last)}'s {'reward' if pairs.gold is None else 'gold reward'} on the same prompts, "
-              "above that of …: mean ± standard error, 95% interval, share of prompts where it is higher")  # fmt: skip
-        print(differences({name: given.judged for name, given in answers.items()}, last))
-    print("\nwin rate against SFT, by the answer's length compared with SFT's\n" + wins_by_length(answers, sft_answers))
+        print(f"\npaired by prompt, {'reward' if pairs.gold is None else 'gold reward'}")
+        print(differences({name: given.judged for name, given in answers.items()}, list(answers)[-1], "prompts"))
+    print(
+        "\nwins vs SFT by length, as a multiple of the length of SFT's answer\n" + wins_by_length(answers, sft_answers)
+    )
     print("\n" + side_by_side(pairs, answers, settings.samples))
     path = Path(settings.out) / settings.save
     write_text(path, json.dumps(summaries, indent=1) + "\n")
 
     # 4. Figures.
-    written = [path, *draw_run(settings, reward, summaries)] if settings.figure else [path]
+    written = [path]
+    if settings.figure:
+        test_rewards = score_pairs(reward, load_pairs(settings, settings.data), device)
+        written += draw_run(settings, parts, test_rewards, summaries)
 
     # 5. The judge.
     if settings.judge is not None:

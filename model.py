@@ -485,7 +485,8 @@ def toy_response(rng: random.Random, task: str, thing: str) -> str:
 
 def toy_rows(count: int, seed: int, wrong_labels: float | None = None) -> Iterator[dict]:
     """Yields `count` rows of the toy world; labels are Bradley-Terry draws on the gold gap, so some are wrong, nearly
-    all where the gap is small. With `wrong_labels`, that share of them is wrong instead, whatever the gap."""
+    all where the gap is small. With `wrong_labels`, that share is wrong instead, whatever the gap, of the labels of
+    pairs that have a better side; the others' say nothing."""
     rng = random.Random(seed)
     for _ in range(count):
         task, thing = rng.choice(list(TOY_STEPS)), rng.choice(TOY_OBJECTS)
@@ -1964,7 +1965,7 @@ class Settings(TrainingSettings):
     export: str | None = None  # write --init as a folder for Hugging Face's transformers, and do nothing else
     save: str = "sft.pt"  # checkpoint to write
     limit: Count | None = None  # rows to read at most; default: all (toy, which has no end: 10000)
-    wrong_labels: Share | None = None  # toy: share of labels that are wrong; default: drawn from Bradley-Terry
+    wrong_labels: Share | None = None  # toy: share of labels that are wrong; default: Bradley-Terry decides
     test_share: Share | None = None  # share of the prompts held back in test.pt; default: 0.1 (toy: 0.2)
     epochs: Number = ByModel(scratch=1.5, pretrained=1.0)  # passes over the training pairs
     batch_size: Count = ByModel(scratch=32, pretrained=64)  # pairs per optimiser step

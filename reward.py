@@ -115,8 +115,8 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
 
 
 def calibration(rewards: Tensor) -> list[tuple[float, float, int]]:
-    """(predicted preference, observed, pairs) in bins of the reward gap, of labelled pairs [n, 2]. A pair and its
-    mirror image say the same: predicted is the side that the model ranks first, from 50% up."""
+    """(predicted, observed, pairs) in bins of the prediction, for labelled pairs [n, 2]: how often the side that the
+    model ranks first is the chosen one, so from 50% up. (A pair and its mirror image say the same.)"""
     gaps = rewards[:, 0] - rewards[:, 1]
     predicted, observed = gaps.abs().sigmoid(), (gaps > 0).double() + 0.5 * (gaps == 0).double()
     bins = (10 * predicted - 5).long().clamp(0, 4)

@@ -621,7 +621,7 @@ STUDY = {
     "DPO on easy, 256 steps": [REWARD, SPLIT, "dpo.py --steps 256 --save dpo_256.pt"],
     "PPO from SFT, all": [REWARD, "ppo.py --init sft.pt --data pairs.pt --steps 32 --save ppo_all.pt"],
     "PPO from SFT, hard": [REWARD, SPLIT, "ppo.py --init sft.pt --steps 32 --save ppo_hard.pt"],
-    "DPO on all, PPO on all": [
+    "PPO from DPO on all": [
         DPO_ALL, REWARD, "ppo.py --init dpo_all.pt --data pairs.pt --steps 32 --save ppo_dpo_all.pt"],
     "MPO": [REWARD, SPLIT, DPO, "ppo.py --steps 32"],
     "MPO, random split": [
@@ -901,15 +901,17 @@ def require_matplotlib():
 
 @contextlib.contextmanager
 def drawing(path: Path, panels: int = 1, height: float = 3.6, **options):
-    """Gives (figure, its panels side by side), all in one style, to draw on, and then writes a PNG."""
-    size = max(6.4, 4.4 * panels), height
-    figure = require_matplotlib().figure.Figure(figsize=size, dpi=110, layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False, **options)[0]
-    for axis in axes:
+    """Gives (figure, its panels, three in a row at most), all in one style, to draw on, and then writes a PNG."""
+    columns, rows = min(3, panels), -(-panels // 3)
+    size = max(6.4, 3.6 * columns + 1), height * rows
+    figure = require_matplotlib().figure.Figure(figsize=size, dpi=100, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **options).flatten()
+    for place, axis in enumerate(axes):
+        axis.set_visible(place < panels)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
         axis.set_axisbelow(True)
-    yield figure, axes
+    yield figure, axes[:panels]
     write_whole(path, lambda file: figure.savefig(file, format="png"))
 
 
@@ -936,11 +938,11 @@ def draw_calibration(path: Path, rewards: Tensor) -> Path:
     """Predicted against observed preference on labelled pairs [n, 2], with 95% intervals."""
     with drawing(path) as (_, (axis,)):
         axis.plot([0.5, 1], [0.5, 1], color=COLOURS[0], linewidth=1, linestyle="--", label="as predicted")
-        for number, (predicted, observed, count) in enumerate(calibration(rewards)):
+        for place, (predicted, observed, count) in enumerate(calibration(rewards)):
             low, high = wilson_interval(observed, count)
             below, above = max(0, observed - low), max(0, high - observed)
             axis.errorbar(predicted, observed, [[below], [above]], fmt="o", capsize=3, color=COLOURS[1],
-                          label=None if number else "observed, 95% interval")  # fmt: skip
+                          label=None if place else "observed, 95% interval")  # fmt: skip
             axis.annotate(f"{count} pairs", (predicted, observed), (8, -12), textcoords="offset points", fontsize=8)
         axis.set(xlabel="predicted: σ(gap) for the side ranked first", ylabel="share where it is the chosen one",
                  title="Calibration of the reward model on test pairs")  # fmt: skip
@@ -953,13 +955,17 @@ def draw_rewards(path: Path, rows: dict[str, dict[str, tuple[float, float]]]) ->
     (mean, standard error)."""
     panels = {key: title for key, title in (("gold_reward", "gold reward"), ("reward", "reward model's reward"))
               if all(key in row for row in rows.values())}  # fmt: skip
-    with drawing(path, len(panels), 4.4) as (figure, axes):
+    families = {"SFT": COLOURS[0], "DPO": COLOURS[1], "PPO": COLOURS[3], "MPO": COLOURS[5]}
+    with drawing(path, len(panels), 4.6) as (figure, axes):
         for axis, (key, title) in zip(axes, panels.items(), strict=True):
-            for number, (name, row) in enumerate(rows.items()):
+            markers = {family: itertools.cycle("osD^vPX*") for family in families}
+            for name, row in rows.items():
                 (kl, kl_error), (reward, error) = row["kl"], row[key]
-                axis.errorbar(kl, reward, error, kl_error, fmt="osD^v"[number // 8 % 5], capsize=2, markersize=6,
-                              color=COLOURS[number % 8], label=name)  # fmt: skip
-            axis.set(xlabel="KL from SFT, nats an answer", ylabel=title)
+                family = name[:3].upper() if name[:3].upper() in families else "SFT"
+                axis.errorbar(kl, reward, error, kl_error, fmt=next(markers[family]), color=families[family], alpha=0.8,
+                              capsize=2, markersize=8, markeredgecolor="white", clip_on=False, label=name)  # fmt: skip
+            axis.set_xscale("function", functions=(lambda kl: kl.clip(0) ** 0.5, lambda root: root**2))
+            axis.set(xlabel="KL from SFT, nats an answer (root scale)", ylabel=title, xlim=(0, None))
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
         figure.suptitle("What a policy gains, and how far it went for it (mean ± standard error)")
@@ -968,7 +974,7 @@ def draw_rewards(path: Path, rows: dict[str, dict[str, tuple[float, float]]]) ->
 
 def draw_ppo(path: Path, logs: dict[str, list[list[dict]]]) -> Path:
     """Gold and model reward while PPO trains, a panel for each policy, a thin line for each of its runs' logs."""
-    with drawing(path, len(logs), 3.4, sharey=True) as (_, axes):
+    with drawing(path, len(logs), 2.9, sharey=True) as (figure, axes):
         for axis, (name, known) in zip(axes, logs.items(), strict=True):
             for key, colour, label in (("score", COLOURS[3], "reward model"), ("gold_reward", COLOURS[1], "gold")):
                 if key in known[0][0]:
@@ -977,8 +983,8 @@ def draw_ppo(path: Path, logs: dict[str, list[list[dict]]]) -> Path:
                     axis.plot(steps, curves.T, color=colour, linewidth=0.7, alpha=0.5)
                     axis.plot(steps, curves.mean(0), color=colour, linewidth=2, label=label)
             axis.set(xlabel="PPO step", title=name)
-        axes[0].set_ylabel("reward of the answers, means of 4 steps")
-        axes[-1].legend(frameon=False)
+        figure.supylabel("reward of the answers, means of 4 steps", fontsize=10)
+        axes[0].legend(frameon=False)
     return path
 
 

@@ -640,7 +640,7 @@ PPO_ROWS = "PPO from SFT, hard", "MPO, reference SFT", "MPO", "PPO, hard, KL pri
 NOISE = 0.0, 0.15, 0.25, 0.4  # shares of wrong labels
 NOISE_ROWS = "SFT", "DPO on all", "DPO on easy", "PPO from SFT, all", "MPO"
 # Seconds of each script on one core of a server EPYC: the first guess of how long a study takes.
-SECONDS = {"model.py": 50, "reward.py": 65, "split.py": 20, "dpo.py": 60, "ppo.py": 135, "evaluate.py": 60}
+SECONDS = {"model.py": 55, "reward.py": 65, "split.py": 20, "dpo.py": 55, "ppo.py": 110, "evaluate.py": 45}
 Numbers = dict[str, dict[str, Tensor]]  # row → key → its value for each seed, [seeds]
 
 

@@ -886,7 +886,7 @@ def study(settings: Settings) -> None:
 
 # ---- Figures ----
 
-COLOURS = ["#7f7f7f", "#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#009e73", "#cc79a7", "#000000"]  # Okabe and Ito
+COLOURS = ["#7f7f7f", "#0072b2", "#56b4e9", "#d55e00", "#009e73", "#000000"]  # of Okabe and Ito, safe for the colour-blind
 
 
 def require_matplotlib():
@@ -921,7 +921,7 @@ def draw_gaps(path: Path, easy: Pairs, hard: Pairs) -> Path:
         wrong = torch.zeros(len(part), dtype=torch.bool) if part.gold is None else part.gold[:, 0] < part.gold[:, 1]
         gaps = part.rewards[:, 0] - part.rewards[:, 1]
         groups |= {name: gaps[~wrong], f"{name}, label wrong": gaps[wrong]}
-    colours = dict(zip(groups, (COLOURS[1], COLOURS[7], COLOURS[2], COLOURS[3]), strict=True))
+    colours = dict(zip(groups, (COLOURS[1], COLOURS[5], COLOURS[2], COLOURS[3]), strict=True))
     groups = {name: gaps.numpy() for name, gaps in groups.items() if len(gaps)}
     with drawing(path) as (_, (axis,)):
         labels = [f"{name}: {len(gaps)} pairs" for name, gaps in groups.items()]
@@ -954,7 +954,7 @@ def draw_rewards(path: Path, rows: dict[str, dict[str, tuple[float, float]]]) ->
     (mean, standard error)."""
     panels = {key: title for key, title in (("gold_reward", "gold reward"), ("reward", "reward model's reward"))
               if all(key in row for row in rows.values())}  # fmt: skip
-    families = {"SFT": COLOURS[0], "DPO": COLOURS[1], "PPO": COLOURS[3], "MPO": COLOURS[5]}
+    families = {"SFT": COLOURS[0], "DPO": COLOURS[1], "PPO": COLOURS[3], "MPO": COLOURS[4]}
     with drawing(path, len(panels), 4.6) as (figure, axes):
         for axis, (key, title) in zip(axes, panels.items(), strict=True):
             markers = {family: itertools.cycle("osD^vPX*") for family in families}

@@ -25,7 +25,7 @@ the commands that make it, and these are run. Nothing else here knows how a poli
     python evaluate.py --figure                                         # and figures
     python evaluate.py --prompt "How do I clean my old lamp?"           # every policy's answer to this
     python evaluate.py --prompt --model dpo.pt                          # talk to one policy, till Ctrl-D
-    python evaluate.py --study --seeds 5                                # MPO and its controls in the toy world: 2 hours
+    python evaluate.py --study --seeds 5                                # MPO and its controls, toy world: two hours
     python evaluate.py --judge http://localhost:8000/v1 --judge-model NAME --prompts 100    # key: OPENAI_API_KEY
 """
 
@@ -886,7 +886,7 @@ def study(settings: Settings) -> None:
 
 # ---- Figures ----
 
-COLOURS = ["#7f7f7f", "#0072b2", "#56b4e9", "#d55e00", "#009e73", "#000000"]  # of Okabe and Ito, safe for the colour-blind
+COLOURS = ["#7f7f7f", "#0072b2", "#56b4e9", "#d55e00", "#009e73", "#000000"]  # of Okabe and Ito
 
 
 def require_matplotlib():

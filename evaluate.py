@@ -25,7 +25,7 @@ the commands that make it, and these are run. Nothing else here knows how a poli
     python evaluate.py --figure                                         # and figures
     python evaluate.py --prompt "How do I clean my old lamp?"           # every policy's answer to this
     python evaluate.py --prompt --model dpo.pt                          # talk to one policy, till Ctrl-D
-    python evaluate.py --study --seeds 5                                # MPO and its controls, toy world: two hours
+    python evaluate.py --study --seeds 5 --seed 3                       # MPO and its controls, toy world: two hours
     python evaluate.py --judge http://localhost:8000/v1 --judge-model NAME --prompts 100    # key: OPENAI_API_KEY
 """
 
@@ -108,7 +108,7 @@ class Settings(CommonSettings):
     samples: Whole = 4  # prompts shown with all answers
     temperature: Number = 1.0  # of sampling
     max_new_tokens: Count = ByModel(scratch=96, pretrained=256)  # longest answer
-    figure: bool = False  # also draw figures, .png files in the --out folder (needs matplotlib)
+    figure: bool = False  # also draw figures into --out, with --study into its folder study (needs matplotlib)
     prompt: MaybeText | None = None  # only answer this; without a text, answer what is typed until end of input
     model: str = "ppo.pt"  # policy that answers what is typed
     judge: str | None = None  # OpenAI-compatible chat endpoint (…/v1) that compares answers; key: $OPENAI_API_KEY
@@ -606,7 +606,7 @@ def judge_answers(settings: Settings, pairs: Pairs, answers: dict[str, Answers],
 # ---- The study: every method and its controls, over seeds and over shares of wrong labels ----
 
 WORLD = "model.py"  # makes the toy world, and SFT
-REWARD, SPLIT, DPO = "reward.py", "split.py", "dpo.py --steps 64"
+REWARD, SPLIT, DPO_EASY = "reward.py", "split.py", "dpo.py --steps 64"
 DPO_ALL = "dpo.py --data pairs.pt --steps 64 --save dpo_all.pt"
 DPO_HARD = "dpo.py --data hard.pt --steps 64 --save dpo_hard.pt"
 # Row: the commands that make its policy, which the last of them saves. Equal budgets: DPO takes 64 steps of 64 pairs
@@ -615,14 +615,14 @@ DPO_HARD = "dpo.py --data hard.pt --steps 64 --save dpo_hard.pt"
 STUDY = {
     "SFT": [],
     "DPO on all": [DPO_ALL],
-    "DPO on easy": [REWARD, SPLIT, DPO],
+    "DPO on easy": [REWARD, SPLIT, DPO_EASY],
     "DPO on hard": [REWARD, SPLIT, DPO_HARD],
     "DPO on all, 256 steps": ["dpo.py --data pairs.pt --steps 256 --save dpo_all_256.pt"],
     "PPO from SFT, all": [REWARD, "ppo.py --init sft.pt --data pairs.pt --steps 32 --save ppo_all.pt"],
     "PPO from SFT, hard": [REWARD, SPLIT, "ppo.py --init sft.pt --steps 32 --save ppo_hard.pt"],
     "PPO from DPO on all": [
         DPO_ALL, REWARD, "ppo.py --init dpo_all.pt --data pairs.pt --steps 32 --save ppo_dpo_all.pt"],
-    "MPO": [REWARD, SPLIT, DPO, "ppo.py --steps 32"],
+    "MPO": [REWARD, SPLIT, DPO_EASY, "ppo.py --steps 32"],
     "MPO, random split": [
         REWARD, "split.py --by random --easy easy_random.pt --hard hard_random.pt",
         "dpo.py --data easy_random.pt --steps 64 --save dpo_random.pt",
@@ -630,15 +630,15 @@ STUDY = {
     "MPO, parts swapped": [
         REWARD, SPLIT, DPO_HARD, "ppo.py --init dpo_hard.pt --data easy.pt --steps 32 --save ppo_swapped.pt"],
     "MPO, reference SFT": [
-        REWARD, SPLIT, DPO, "ppo.py --reference sft.pt --steps 32 --save ppo_reference_sft.pt"],
-    "PPO, hard, KL price 0.05": [
+        REWARD, SPLIT, DPO_EASY, "ppo.py --reference sft.pt --steps 32 --save ppo_reference_sft.pt"],
+    "PPO from SFT, KL price 0.05": [
         REWARD, SPLIT, "ppo.py --init sft.pt --kl-coefficient 0.05 --steps 32 --save ppo_hard_cheap.pt"],
-    "MPO, KL price 0.05": [REWARD, SPLIT, DPO, "ppo.py --kl-coefficient 0.05 --steps 32 --save ppo_cheap.pt"],
+    "MPO, KL price 0.05": [REWARD, SPLIT, DPO_EASY, "ppo.py --kl-coefficient 0.05 --steps 32 --save ppo_cheap.pt"],
 }  # fmt: skip
-PPO_ROWS = "PPO from SFT, hard", "MPO, reference SFT", "MPO", "PPO, hard, KL price 0.05", "MPO, KL price 0.05"
+PPO_ROWS = "PPO from SFT, hard", "MPO, reference SFT", "MPO", "PPO from SFT, KL price 0.05", "MPO, KL price 0.05"
 NOISE = 0.0, 0.15, 0.25, 0.4  # shares of wrong labels
 NOISE_ROWS = "SFT", "DPO on all", "DPO on easy", "PPO from SFT, all", "MPO"
-# Seconds of each script on one core of a server EPYC: the first guess of how long a study takes.
+# Seconds of each script, whatever its flags, on one core of a server EPYC: the first guess of how long a study takes.
 SECONDS = {"model.py": 55, "reward.py": 65, "split.py": 20, "dpo.py": 55, "ppo.py": 110, "evaluate.py": 45}
 Numbers = dict[str, dict[str, Tensor]]  # row → key → its value for each seed, [seeds]
 
@@ -657,7 +657,7 @@ def policy_of(row: str) -> str:
 
 @dataclass(eq=False)
 class Run:
-    """One folder of the study, in which commands run one after the other and make `rows`. record: what study.json
+    """One folder of the study, in which commands run one after the other and make `rows`. record: what commands.json
     there holds, command → its seconds, those of stopped attempts included, and whether it is done."""
 
     folder: Path
@@ -666,7 +666,7 @@ class Run:
     wrong_labels: float | None = None
 
     def __post_init__(self):
-        path = self.folder / "study.json"
+        path = self.folder / "commands.json"
         with reading(path):
             self.record = json.loads(path.read_text("utf-8")) if path.exists() else {}
 
@@ -703,7 +703,7 @@ class Run:
         self.began = time.perf_counter()
 
     def stop(self) -> None:
-        """Lets the command under way save its state and end."""
+        """Lets the command under way end, a training stage with its state saved."""
         self.child.send_signal(signal.SIGINT)
 
     def finish(self) -> str:
@@ -712,7 +712,7 @@ class Run:
         command, code, log = self.missing[0], self.child.wait(), self.folder / "study.log"
         seconds = self.record.get(command, {}).get("seconds", 0.0) + time.perf_counter() - self.began
         self.record[command] = {"seconds": seconds, "done": code == 0}
-        write_text(self.folder / "study.json", json.dumps(self.record, indent=1) + "\n")
+        write_text(self.folder / "commands.json", json.dumps(self.record, indent=1) + "\n")
         if code:
             last = log.read_text("utf-8", "replace").splitlines()[-1]
             raise UserError(f"{command} in {self.folder} ended with code {code}: {last} (all it said is in {log})")
@@ -776,13 +776,15 @@ def read_log(path: Path) -> list[dict]:
 
 
 def cost(run: Run, commands: list[str]) -> dict[str, float]:
-    """What commands took: optimiser steps, tokens of answers that PPO generated, seconds."""
-    steps = tokens = 0
+    """What commands took: optimiser updates, tokens of answers that PPO generated, seconds."""
+    updates = tokens = 0
     for command in commands:
         for line in read_log(run.folder / f"{saved_as(command)}.jsonl"):  # none for split.py
-            steps += line.get("updates", 1)
+            updates += line.get("updates", 1)
+            # A step's log holds its answers' tokens a second.
             tokens += line["tokens_per_second"] * line["seconds"] if command.startswith("ppo.py") else 0
-    return {"updates": steps, "tokens": tokens, "seconds": sum(run.record[command]["seconds"] for command in commands)}
+    seconds = sum(run.record[command]["seconds"] for command in commands)
+    return {"updates": updates, "tokens": tokens, "seconds": seconds}
 
 
 def study_numbers(runs: list[Run]) -> Numbers:
@@ -831,11 +833,11 @@ def smoothed(logs: list[list[dict]], key: str) -> Tensor:
 
 def ppo_table(logs: dict[str, list[list[dict]]]) -> str:
     """Gold and model reward of the answers that PPO trains on, as it goes: mean over runs ± standard error of the
-    means of 4 steps; the spread of the last over runs; and how far they are below the best such mean, on average. logs:
-    row → its PPO log in each run."""
+    means of 4 steps; standard deviation of the last of these over runs; and how far it is below the best of the same
+    run, on average. logs: row → its PPO log in each run."""
     steps = len(next(iter(logs.values()))[0])
     places = torch.linspace(0, steps - 4, 5).round().long().tolist()
-    rows = [["", *(f"steps {place + 1}–{place + 4}" for place in places), "deviation", "below best"]]
+    rows = [["", *(f"steps {place + 1}–{place + 4}" for place in places), "deviation", "fall from best"]]
     for row, known in logs.items():
         for key, name in (("gold_reward", f"{row}: gold"), ("score", "  reward model")):
             curves = smoothed(known, key)
@@ -886,7 +888,7 @@ def study(settings: Settings) -> None:
 
 # ---- Figures ----
 
-COLOURS = ["#7f7f7f", "#0072b2", "#56b4e9", "#d55e00", "#009e73", "#000000"]  # of Okabe and Ito
+COLOURS = ["#7f7f7f", "#0072b2", "#56b4e9", "#d55e00", "#009e73", "#000000"]  # grey, and of Okabe and Ito
 
 
 def require_matplotlib():
@@ -925,10 +927,14 @@ def draw_gaps(path: Path, easy: Pairs, hard: Pairs) -> Path:
     groups = {name: gaps.numpy() for name, gaps in groups.items() if len(gaps)}
     with drawing(path) as (_, (axis,)):
         labels = [f"{name}: {len(gaps)} pairs" for name, gaps in groups.items()]
-        axis.hist(groups.values(), bins=48, stacked=True, color=[colours[name] for name in groups], label=labels)
-        axis.set(
-            xlabel="reward gap, chosen − rejected", ylabel="training pairs", title="What the reward model is sure of"
-        )
+        low, high = (min(map(min, groups.values())), max(map(max, groups.values())))
+        edges, threshold = torch.linspace(low, high, 49), (easy.rewards[:, 0] - easy.rewards[:, 1]).min().item()
+        if threshold > (hard.rewards[:, 0] - hard.rewards[:, 1]).max():  # a split by the gap: no bin lies on both sides
+            edges = edges + threshold - edges[edges <= threshold].max()
+            edges = torch.cat((edges[:1] - (edges[1] - edges[0]), edges))
+            axis.axvline(threshold, color="black", linewidth=1, linestyle="--", label=f"γ = {threshold:.2f}")
+        axis.hist(groups.values(), bins=edges, stacked=True, color=[colours[name] for name in groups], label=labels)
+        axis.set(xlabel="reward gap, chosen − rejected", ylabel="training pairs", title="Reward gaps of training pairs")
         axis.legend(frameon=False, fontsize=8)
     return path
 
@@ -950,8 +956,8 @@ def draw_calibration(path: Path, rewards: Tensor) -> Path:
 
 
 def draw_rewards(path: Path, rows: dict[str, dict[str, tuple[float, float]]]) -> Path:
-    """Gold reward (unless it lacks) and model reward against KL from SFT. rows: policy → kl, gold_reward, reward, each
-    (mean, standard error)."""
+    """Gold reward (only where every row has one) and model reward against KL from SFT. rows: policy → kl, gold_reward,
+    reward, each (mean, standard error)."""
     panels = {key: title for key, title in (("gold_reward", "gold reward"), ("reward", "reward model's reward"))
               if all(key in row for row in rows.values())}  # fmt: skip
     families = {"SFT": COLOURS[0], "DPO": COLOURS[1], "PPO": COLOURS[3], "MPO": COLOURS[4]}
@@ -960,9 +966,11 @@ def draw_rewards(path: Path, rows: dict[str, dict[str, tuple[float, float]]]) ->
             markers = {family: itertools.cycle("osD^vPX*") for family in families}
             for name, row in rows.items():
                 (kl, kl_error), (reward, error) = row["kl"], row[key]
+                # By the first three letters; what is none of these is grey. Hollow, so that none hides another.
                 family = name[:3].upper() if name[:3].upper() in families else "SFT"
-                axis.errorbar(kl, reward, error, kl_error, fmt=next(markers[family]), color=families[family], alpha=0.8,
-                              capsize=2, markersize=8, markeredgecolor="white", clip_on=False, label=name)  # fmt: skip
+                axis.errorbar(kl, reward, error, kl_error, fmt=next(markers[family]), color=families[family],
+                              markerfacecolor=families[family] if name == "MPO" else "none", markersize=8,
+                              capsize=2, elinewidth=0.8, clip_on=False, label=name)  # fmt: skip
             axis.set_xscale("function", functions=(lambda kl: kl.clip(0) ** 0.5, lambda root: root**2))
             axis.set(xlabel="KL from SFT, nats an answer (root scale)", ylabel=title, xlim=(0, None))
         handles, labels = axes[0].get_legend_handles_labels()
@@ -1014,7 +1022,7 @@ def draw_run(settings: Settings, parts: list[Pairs], test_rewards: Tensor, summa
 
 
 def main() -> None:
-    """Lets every policy answer the test prompts, and compares."""
+    """Lets every policy answer the test prompts, and compares; or runs the study, or answers what is typed."""
     # 1. Settings, test pairs, SFT and reward model.
     settings = parse_settings(Settings, __doc__)
     if settings.study:

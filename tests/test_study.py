@@ -276,13 +276,13 @@ def test_ctrl_c_or_sigterm_lets_every_command_save_its_state_once(fake_stages, n
     thread.join()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     assert (folder / "reward.state.pt").read_text() == f"saved;{cores}"
-    entry = json.loads((folder / "study.json").read_text())["reward.py"]
+    entry = json.loads((folder / "commands.json").read_text())["reward.py"]
     assert not entry["done"]
     (folder / "sleep_reward").unlink()
     study(some_settings(fake_stages, parallel=1))
     assert calls(folder).count("reward --resume") == 1
     assert not any("--resume" in call for call in calls(folder) if not call.startswith("reward"))
-    finished = json.loads((folder / "study.json").read_text())["reward.py"]
+    finished = json.loads((folder / "commands.json").read_text())["reward.py"]
     assert finished["done"] and finished["seconds"] > entry["seconds"]  # what the stopped attempt took is counted
 
 
@@ -441,6 +441,13 @@ def test_figures_show_their_numbers(tmp_path, monkeypatch):
     (axis,) = drawn["gaps"].axes
     assert sum(patch.get_height() for patch in axis.patches) == 70  # stacked: each bar holds its own count
     wrong = int((hard.gold[:, 0] < hard.gold[:, 1]).sum())
+    hard.rewards[:, 1] += 10  # now γ parts them: no bin lies on both sides of it
+    picture(draw_gaps(tmp_path / "parted.png", easy, hard))
+    (parted,) = drawn["parted"].axes
+    threshold = (easy.rewards[:, 0] - easy.rewards[:, 1]).min().item()
+    assert sum(patch.get_height() for patch in parted.patches) == 70
+    assert all(patch.get_x() >= threshold - 1e-4 or patch.get_x() + patch.get_width() <= threshold + 1e-4
+               for patch in parted.patches)  # fmt: skip
     assert f"hard, label wrong: {wrong} pairs" in [text.get_text() for text in axis.get_legend().get_texts()]
 
     gaps = torch.tensor([3.0, 3.0, 1 / 3, 3.0]).log()

@@ -749,7 +749,8 @@ def work_through(settings: Settings, runs: list[Run]) -> None:
     print(f"study in {settings.out}/study: {sum(len(run.missing) for run in waiting)} commands to run, {parallel} at a "
           f"time, about {minutes:.0f} minutes\n(where nothing has run yet, going by one core of a server EPYC each). "
           "Ctrl-C stops; the same command goes on.")  # fmt: skip
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for one in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: what a shell starts in the background ignores it
+        signal.signal(one, signal.default_int_handler)
     form = "{l_bar}{bar}| {elapsed}, {remaining} left"
     with tqdm(total=sum(left), desc="study", bar_format=form) as bar:
         try:

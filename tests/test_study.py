@@ -1,5 +1,6 @@
 """Chapter 6: the study (its commands, what it costs, its tables) and the figures."""
 
+import functools
 import importlib
 import json
 import os
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -80,9 +82,12 @@ def fake_stages(tmp_path, monkeypatch):
     for script in ("model", "reward", "split", "dpo", "ppo", "evaluate"):
         (tmp_path / f"{script}.py").write_text(FAKE_STAGE)
     monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
-    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(evaluate, "STUDY", {row: STUDY[row] for row in evaluate.NOISE_ROWS})  # fewer, to be quick
+    monkeypatch.setattr(evaluate, "PPO_ROWS", ("PPO from SFT, all", "MPO"))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield tmp_path / "out of it"
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def calls(folder: Path) -> list[str]:
@@ -111,21 +116,22 @@ def first_folder(out: Path, *notes: str) -> Path:
 # ---- Its commands ----
 
 
-def stage_settings(command, monkeypatch):
+@functools.cache
+def stage_settings(command):
     """A command line as its own stage reads it."""
     script, *flags = command.split()
-    monkeypatch.setattr(sys, "argv", [script, *flags])
-    settings = parse_settings(importlib.import_module(script.removesuffix(".py")).Settings, "")
+    with mock.patch.object(sys, "argv", [script, *flags]):
+        settings = parse_settings(importlib.import_module(script.removesuffix(".py")).Settings, "")
     settle(settings, pretrained=False)
     return settings
 
 
 @pytest.mark.parametrize("row", STUDY)
-def test_every_command_reads_what_was_written_before(row, monkeypatch):
+def test_every_command_reads_what_was_written_before(row):
     """Each command line is parsed by its stage's own settings; every file it names is there by then."""
     written = {"pairs.pt", "test.pt", "sft.pt"}
     for command in STUDY[row]:
-        settings = stage_settings(command, monkeypatch)
+        settings = stage_settings(command)
         read = {getattr(settings, name, None) for name in ("data", "init", "reward", "reference")} - {None}
         assert read <= written
         split = command.startswith("split.py")
@@ -134,20 +140,20 @@ def test_every_command_reads_what_was_written_before(row, monkeypatch):
     assert f"{policy_of(row)}.pt" in written
 
 
-def test_no_two_commands_write_the_same_file(monkeypatch):
+def test_no_two_commands_write_the_same_file():
     commands = {command for row in STUDY.values() for command in row}
     written = []
     for command in commands:
-        settings = stage_settings(command, monkeypatch)
+        settings = stage_settings(command)
         written += [settings.easy, settings.hard] if command.startswith("split.py") else [settings.save]
     assert len(set(written)) == len(written)
     assert len({policy_of(row) for row in STUDY}) == len(STUDY)
 
 
-def test_equal_budgets_but_where_the_name_says_otherwise(monkeypatch):
+def test_equal_budgets_but_where_the_name_says_otherwise():
     for row, commands in STUDY.items():
         for command in [command for command in commands if command.startswith(("dpo.py", "ppo.py"))]:
-            settings = stage_settings(command, monkeypatch)
+            settings = stage_settings(command)
             if command.startswith("dpo.py"):
                 steps = 256 if "256" in row else 64
                 assert (settings.steps, settings.batch_size, settings.lr, settings.beta) == (steps, 64, 5e-5, 0.1)
@@ -341,7 +347,7 @@ def test_numbers_are_what_evaluation_json_says(fake_stages):
     path = runs[0].folder / "study_evaluation.json"
     path.write_text(path.read_text().replace("0.5", "0.25"))
     numbers = study_numbers(runs)
-    assert list(numbers) == list(STUDY)
+    assert list(numbers) == list(evaluate.NOISE_ROWS)
     assert numbers["MPO"]["gold_reward"].tolist() == [0.25, 0.5]
     assert numbers["MPO"]["updates"].tolist() == [5 + 5 + 5 * 16] * 2
 

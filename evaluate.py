@@ -25,7 +25,7 @@ the commands that make it, and these are run. Nothing else here knows how a poli
     python evaluate.py --figure                                         # and figures
     python evaluate.py --prompt "How do I clean my old lamp?"           # every policy's answer to this
     python evaluate.py --prompt --model dpo.pt                          # talk to one policy, till Ctrl-D
-    python evaluate.py --study --seeds 5 --seed 3                       # MPO and its controls, toy world: two hours
+    python evaluate.py --study --seeds 5 --seed 3                       # MPO and its controls, toy world: 100 minutes
     python evaluate.py --judge http://localhost:8000/v1 --judge-model NAME --prompts 100    # key: OPENAI_API_KEY
 """
 
@@ -117,7 +117,7 @@ class Settings(CommonSettings):
     judge_parallel: Count = 4  # requests to the judge under way at once
     study: bool = False  # instead: train every method and its controls in the toy world over seeds, and compare
     seeds: SeveralSeeds = 5  # seeds of the study, from --seed on
-    noise_seeds: Whole = 3  # seeds for which the study also sets the share of wrong labels to 0, 15, 25 and 40%
+    noise_seeds: Whole = 2  # seeds for which the study also sets the share of wrong labels to 0, 15, 25 and 40%
     parallel: Count | None = None  # commands of the study at once; default: one for each core, or one on a GPU
 
     def __post_init__(self):

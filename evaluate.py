@@ -640,6 +640,12 @@ NOISE = 0.0, 0.15, 0.25, 0.4  # shares of wrong labels
 NOISE_ROWS = "SFT", "DPO on all", "DPO on easy", "PPO from SFT, all", "MPO"
 # Seconds of each script, whatever its flags, on one core of a server EPYC: the first guess of how long a study takes.
 SECONDS = {"model.py": 55, "reward.py": 65, "split.py": 20, "dpo.py": 55, "ppo.py": 110, "evaluate.py": 45}
+STUDY_COLUMNS = {  # column: (key, format)
+    "gold reward": ("gold_reward", "{:.2f} ± {:.2f}"), "reward": ("reward", "{:.2f} ± {:.2f}"),
+    "wins vs SFT": ("win_rate_vs_sft", "{:.0%} ± {:.0%}"), "KL from SFT": ("kl", "{:.1f} ± {:.1f}"),
+    "length": ("length", "{:.1f} ± {:.1f}"), "ended": ("ended", "{:.1%}"), "updates": ("updates", "{:,.0f}"),
+    "tokens": ("tokens", "{:,.0f}"), "seconds": ("seconds", "{:,.0f}"),
+}  # fmt: skip
 Numbers = dict[str, dict[str, Tensor]]  # row → key → its value for each seed, [seeds]
 
 
@@ -756,8 +762,8 @@ def work_through(settings: Settings, runs: list[Run]) -> None:
         try:
             while waiting or running:
                 while waiting and len(running) < parallel:
+                    waiting[0].start(settings, max(1, cores // parallel))
                     running.append(waiting.pop(0))
-                    running[-1].start(settings, max(1, cores // parallel))
                 time.sleep(0.1)
                 for run in [run for run in running if run.child.poll() is not None]:
                     running.remove(run)
@@ -798,14 +804,6 @@ def study_numbers(runs: list[Run]) -> Numbers:
     keys = [key for key, _ in STUDY_COLUMNS.values()]
     return {row: {key: torch.tensor([float(one[key]) for one in values]).double() for key in keys}
             for row, values in numbers.items()}  # fmt: skip
-
-
-STUDY_COLUMNS = {  # column: (key, format)
-    "gold reward": ("gold_reward", "{:.2f} ± {:.2f}"), "reward": ("reward", "{:.2f} ± {:.2f}"),
-    "wins vs SFT": ("win_rate_vs_sft", "{:.0%} ± {:.0%}"), "KL from SFT": ("kl", "{:.1f} ± {:.1f}"),
-    "length": ("length", "{:.1f} ± {:.1f}"), "ended": ("ended", "{:.1%}"), "updates": ("updates", "{:,.0f}"),
-    "tokens": ("tokens", "{:,.0f}"), "seconds": ("seconds", "{:,.0f}"),
-}  # fmt: skip
 
 
 def study_table(numbers: Numbers) -> str:

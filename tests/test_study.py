@@ -292,6 +292,22 @@ def test_ctrl_c_or_sigterm_lets_every_command_save_its_state_once(fake_stages, n
     assert finished["done"] and finished["seconds"] > entry["seconds"]  # what the stopped attempt took is counted
 
 
+def test_a_command_that_cannot_be_started_says_so(fake_stages, monkeypatch):
+    """The second folder's first start fails: that is what is reported, and the first folder's command is stopped."""
+    start, starts = evaluate.subprocess.Popen, []
+
+    def failing(*arguments, **options):
+        starts.append(arguments)
+        if len(starts) == 2:
+            raise OSError("no more processes")
+        return start(*arguments, **options)
+
+    monkeypatch.setattr(evaluate.subprocess, "Popen", failing)
+    with pytest.raises(OSError, match="no more processes"):
+        study(some_settings(fake_stages))
+    assert [run.missing == run.commands for run in study_runs(some_settings(fake_stages))][1]
+
+
 def test_somebody_elses_state_resumes_nothing(fake_stages):
     folder = first_folder(fake_stages, "mine.state.pt")
     study(some_settings(fake_stages))

@@ -758,8 +758,9 @@ def row_problem(row: tuple[str, str, str, str] | None) -> str | None:
 class Packed:
     """Documents laid end to end in rows. A document is a prompt and the branches (responses) that share it.
 
-    tokens, positions, document, branch: [rows, length]; `document` numbers the documents (−1: unused), `branch` is 0 in
-    a prompt and 1, 2, … in its branches, `positions` count within prompt + own branch. Sequences, one per branch, are
+    tokens, positions, document, branch: [rows, length], one row except on CUDA; `document` numbers the documents (−1:
+    unused), `branch` is 0 in a prompt and 1, 2, … in its branches, `positions` count within prompt + own branch.
+    Sequences, one per branch, are
     numbered document by document. For each of the N response tokens: `source`, the flat index of the token before it
     on its branch, whose hidden state predicts it; `target`, its id; `sequence`, its sequence's number; `offset`, its
     place in the response. `last`: flat index of each sequence's last token (of a lone prompt: its own). `members`: for
@@ -783,14 +784,18 @@ class Packed:
         return Packed(**{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
     @functools.cached_property
-    def mask(self) -> "Tensor | BlockMask":
-        """Who may attend to whom: a FlexAttention block mask on CUDA, elsewhere a dense [rows, 1, length, length]."""
-        rule, (rows, length) = visibility(self.document, self.branch), self.tokens.shape
+    def mask(self) -> "list[tuple[int, Tensor | None]] | BlockMask":
+        """Who may attend to whom: a FlexAttention block mask on CUDA; elsewhere, for each document in the row, its
+        length n and a dense [n, n], or None where every token sees all before it."""
         if self.tokens.is_cuda:
+            rule, (rows, length) = visibility(self.document, self.branch), self.tokens.shape
             return create_block_mask(rule, rows, None, length, length, device=self.tokens.device)
-        row = torch.arange(rows, device=self.tokens.device).view(-1, 1, 1, 1)
-        place = torch.arange(length, device=self.tokens.device)
-        return rule(row, None, place.view(1, 1, -1, 1), place.view(1, 1, 1, -1))
+        masks, sizes = [], self.document[0].unique_consecutive(return_counts=True)[1].tolist()
+        for document, branch in zip(*(part.split(sizes, 1) for part in (self.document, self.branch)), strict=True):
+            at = torch.arange(branch.shape[1], device=branch.device)
+            branches = branch.max() > 1
+            masks.append((len(at), visibility(document, branch)(0, None, at[:, None], at) if branches else None))
+        return masks
 
 
 def visibility(document: Tensor, branch: Tensor):
@@ -806,45 +811,39 @@ def visibility(document: Tensor, branch: Tensor):
 
 
 def pack(documents: list[tuple[Tensor, ...]], device: torch.device, tokens_per_pass: int = 0) -> Iterator[Packed]:
-    """Packs documents, each (prompt, response, response, …), into rows; yields one `Packed` per forward pass of about
-    `tokens_per_pass` tokens [default: as many as suit the device].
+    """Packs documents, each (prompt, response, response, …), into rows; yields one `Packed` per forward pass of at most
+    `tokens_per_pass` tokens, or one document [default: as many as suit the device].
 
-    Documents of like length share a pass, which keeps rows short. Of several processes each gets other rows, and as
-    many passes as the rest, the last one empty if need be.
+    Of several processes each gets other rows, and as many passes as the rest, the last one empty if need be.
     """
     rank, size = processes()
-    tokens_per_pass = size * (tokens_per_pass or (32768 if device.type == "cuda" else 2048))
+    most = size * (tokens_per_pass or (32768 if device.type == "cuda" else 4096))
     sizes = [sum(map(len, document)) for document in documents]
-    some, total = [], 0
+    some, total, enough = [], 0, sum(sizes) / math.ceil(sum(sizes) / most)  # equal passes: no small one at the end
     for index in sorted(range(len(documents)), key=lambda index: -sizes[index]):
-        if some and total + sizes[index] > tokens_per_pass:
-            yield lay_out(documents, *fill_rows(sizes, some, device), rank, size).to(device)
+        if some and (total + sizes[index] > most or total >= enough):
+            yield lay_out(documents, fill_rows(sizes, some, device, size)[rank::size], device)
             some, total = [], 0
         some.append(index)
         total += sizes[index]
-    yield lay_out(documents, *fill_rows(sizes, some, device), rank, size).to(device)
+    yield lay_out(documents, fill_rows(sizes, some, device, size)[rank::size], device)
 
 
-def fill_rows(sizes: list[int], some: list[int], device: torch.device) -> tuple[list[list[int]], int]:
-    """Lays the documents `some`, in falling order of their `sizes`, in rows: each goes into the emptiest row. Returns
-    (the documents in each row, length of the rows).
+def fill_rows(sizes: list[int], some: list[int], device: torch.device, processes: int = 1) -> list[list[int]]:
+    """Lays the documents `some`, in falling order of their `sizes`, in rows, each in the emptiest: the lists of them.
 
-    Of several numbers of rows the cheapest is taken. Short rows suit the CPU, whose dense mask makes attention cost
-    quadratic in the row; a GPU skips what the mask hides, and wants more tokens in a row.
+    A process has one row, without gaps; on CUDA rows of some 4,096 tokens, since a block mask is made from all pairs
+    of places in a row.
     """
-    total, longest, step = sum(sizes[index] for index in some), sizes[some[0]], 16
+    count = processes
     if device.type == "cuda":
-        longest, step = max(longest, 4096), 128
-    most, best = max(1, total // longest), (math.inf, [], 0)
-    for count in range(most, most // 2, -1):
-        rows = [(0, row, []) for row in range(count)]  # a heap: (length so far, number, documents)
-        for index in some:
-            used, row, members = rows[0]
-            heapq.heapreplace(rows, (used + sizes[index], row, [*members, index]))
-        length = -(-max(rows)[0] // step) * step
-        cost = count * length * (512 + length)  # of all else in a layer, and of attention
-        best = min(best, (cost, [members for _, _, members in rows], length))
-    return best[1:]
+        count = max(1, sum(sizes[index] for index in some) // max(sizes[some[0]], 4096))
+    rows = [(0, row, []) for row in range(count)]  # a heap: (length so far, number, documents)
+    for index in some:
+        used, row, members = rows[0]
+        heapq.heapreplace(rows, (used + sizes[index], row, members))
+        members.append(index)
+    return [members for _, _, members in rows]
 
 
 def pack_with_bar(documents: list[tuple[Tensor, ...]], device: torch.device, what: str) -> Iterator[Packed]:
@@ -855,12 +854,12 @@ def pack_with_bar(documents: list[tuple[Tensor, ...]], device: torch.device, wha
             bar.update(len(batch.members))
 
 
-def lay_out(
-    documents: list[tuple[Tensor, ...]], rows: list[list[int]], length: int, rank: int = 0, size: int = 1
-) -> Packed:
-    """The tensors of `Packed` for rows of document indices, those of process `rank` of `size`. The unused end of a row
-    is a document of its own."""
-    rows = rows[rank::size] or [[]]
+def lay_out(documents: list[tuple[Tensor, ...]], rows: list[list[int]], device: torch.device) -> Packed:
+    """The tensors of `Packed` for rows of document indices. The unused end of a row is a document of its own."""
+    rows = rows or [[]]
+    length = max(1, *(sum(len(part) for index in row for part in documents[index]) for row in rows))
+    if device.type == "cuda":
+        length = -(-length // 128) * 128  # the size of a block mask's blocks
     tokens, positions, branch = (torch.zeros(len(rows), length, dtype=torch.long) for _ in range(3))
     document = torch.full((len(rows), length), -1)
     source, target, sequence, offset, last, members = [], [], [], [], [], []
@@ -895,7 +894,7 @@ def lay_out(
         for pieces in (source, target, sequence, offset)
     ]
     numbers = (torch.tensor(part, dtype=torch.long) for part in (last, members))
-    return Packed(tokens, positions, document, branch, *flat, *numbers)
+    return Packed(tokens, positions, document, branch, *flat, *numbers).to(device)
 
 
 # ---- The GPT ----
@@ -946,6 +945,49 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def product(x: Tensor, matrix: Tensor) -> Tensor:
+    """x · matrixᵀ: [..., K], [N, K] → [..., N]. Large ones in fp32 on the CPU are left to oneDNN: the library behind
+    torch's own products takes 1.3 times as long on AMD processors. (Small ones don't repay its start at every new N.)
+    """
+    large = x.device.type == "cpu" and x.dtype == matrix.dtype == torch.float32 and matrix.numel() > 2**16
+    if large and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(x, matrix, None, "none", [], "")
+    return F.linear(x, matrix)
+
+
+class Product(torch.autograd.Function):
+    """`product` with its gradients."""
+
+    @staticmethod
+    def forward(ctx, x, matrix):
+        ctx.save_for_backward(x, matrix)
+        return product(x, matrix)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, matrix = ctx.saved_tensors
+        return product(grad, matrix.T), grad.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias whose products in fp32 are `product`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        return Product.apply(x, self.weight)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention under a dense mask; None: of each place to all before it."""
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=True)
+
+
+def attention_dtype(activations: torch.dtype, device: torch.device) -> torch.dtype:
+    """The activations', but fp32 on the CPU, where attention in bf16 takes as long forward and twice as long back."""
+    return torch.float32 if device.type == "cpu" and activations == torch.bfloat16 else activations
+
+
 class Attention(nn.Module):
     """Grouped-query causal attention (Ainslie et al. 2023, arXiv 2305.13245): query heads share key-value heads.
 
@@ -956,10 +998,10 @@ class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.head_dim = config.dim // config.heads
-        self.query = nn.Linear(config.dim, config.heads * self.head_dim, bias=False)
-        self.key = nn.Linear(config.dim, config.kv_heads * self.head_dim, bias=False)
-        self.value = nn.Linear(config.dim, config.kv_heads * self.head_dim, bias=False)
-        self.output = nn.Linear(config.heads * self.head_dim, config.dim, bias=False)
+        self.query = Linear(config.dim, config.heads * self.head_dim, bias=False)
+        self.key = Linear(config.dim, config.kv_heads * self.head_dim, bias=False)
+        self.value = Linear(config.dim, config.kv_heads * self.head_dim, bias=False)
+        self.output = Linear(config.heads * self.head_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask, caches: "list[Cache]", layer: int) -> Tensor:
         rows, length, _ = x.shape
@@ -967,16 +1009,20 @@ class Attention(nn.Module):
             project(x).view(rows, length, -1, self.head_dim).transpose(1, 2)  # (rows, heads, length, head_dim)
             for project in (self.query, self.key, self.value)
         )
-        query, key = (rotate(part, *rotary).to(value.dtype) for part in (query, key))
+        dtype = attention_dtype(value.dtype, x.device)
+        query, key, value = (part.to(dtype) for part in (rotate(query, *rotary), rotate(key, *rotary), value))
         for cache in caches:
             cache.store(layer, key, value)
         if mask is None:
             mixed = torch.cat([cache.attend(layer, query) for cache in caches])
         elif isinstance(mask, BlockMask):
-            attend = compiled_function(flex_attention) if query.is_cuda else flex_attention
-            mixed = attend(query, key, value, block_mask=mask, enable_gqa=True)
+            flex = compiled_function(flex_attention) if query.is_cuda else flex_attention
+            mixed = flex(query, key, value, block_mask=mask, enable_gqa=True)
         else:
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+            sizes, masks = zip(*mask, strict=True)
+            documents = zip(*(part.split(sizes, 2) for part in (query, key, value)), masks, strict=True)
+            with torch.autocast(x.device.type, enabled=False):
+                mixed = torch.cat([attend(*document) for document in documents], 2)
         return self.output(mixed.transpose(1, 2).reshape(rows, length, -1))
 
 
@@ -991,9 +1037,9 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.gate = nn.Linear(config.dim, config.mlp, bias=False)
-        self.up = nn.Linear(config.dim, config.mlp, bias=False)
-        self.down = nn.Linear(config.mlp, config.dim, bias=False)
+        self.gate = Linear(config.dim, config.mlp, bias=False)
+        self.up = Linear(config.dim, config.mlp, bias=False)
+        self.down = Linear(config.mlp, config.dim, bias=False)
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask, places: Tensor | None = None,
@@ -1017,7 +1063,7 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(config.vocabulary, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.head = None if config.tied else nn.Linear(config.dim, config.vocabulary, bias=False)
+        self.head = None if config.tied else Linear(config.dim, config.vocabulary, bias=False)
         self.activations = torch.float32  # dtype of the matrix products
         self.compiled = self.checkpointed = False  # prepare_model sets these as the flags say
         for name, parameter in self.named_parameters():
@@ -1117,7 +1163,7 @@ class TokenLogprobs(torch.autograd.Function):
         for some, row in tiles(hidden, matrix):
             for words in row:
                 grad_logits = body(hidden[some], matrix[words], logsumexp[some], grad[some])
-                grad_hidden[some] += grad_logits @ matrix[words]
+                grad_hidden[some] += product(grad_logits, matrix[words].T)
                 grad_weight[words] += grad_logits.T @ hidden[some]
         return grad_hidden.to(hidden.dtype), grad_weight, None, None
 
@@ -1132,7 +1178,7 @@ def tiles(hidden: Tensor, matrix: Tensor) -> Iterator[tuple[slice, list[slice]]]
 def logprob_tile(hidden: Tensor, matrix: Tensor, places: Tensor) -> Tensor:
     """Of n tokens and v words: the logits at `places` (0 where that is outside of the tile), log-sum-exps, and means
     of the logits under the tile's own softmax. Shapes: [n, dim], [v, dim], [n] → [3, n]."""
-    logits = (hidden @ matrix.T).float()
+    logits = product(hidden, matrix).float()
     inside = (places >= 0) & (places < len(matrix))
     picked = logits.gather(-1, places.clamp(0, len(matrix) - 1)[:, None])[:, 0] * inside
     top = logits.amax(-1)
@@ -1144,7 +1190,7 @@ def logprob_tile(hidden: Tensor, matrix: Tensor, places: Tensor) -> Tensor:
 
 def gradient_tile(hidden: Tensor, matrix: Tensor, logsumexp: Tensor, grad: Tensor) -> Tensor:
     """−p · grad, the softmax's part of the gradient of the logits. [n, dim], [v, dim], [n], [n] → [n, v]."""
-    logits = (hidden @ matrix.T).float()
+    logits = product(hidden, matrix).float()
     return logits.sub_(logsumexp[:, None]).exp_().mul_(-grad[:, None]).to(matrix.dtype)
 
 
@@ -1198,7 +1244,8 @@ class Cache:
         keys, values = (kept[layer, :, :, : self.mask.shape[-1]] for kept in (self.keys, self.values))
         query = query[self.rows]
         sharing = query.view(len(query), keys.shape[1], -1, keys.shape[3])  # (sequences, kv_heads, heads a key, …)
-        return F.scaled_dot_product_attention(sharing, keys, values, attn_mask=self.mask).view_as(query)
+        with torch.autocast(query.device.type, enabled=False):
+            return F.scaled_dot_product_attention(sharing, keys, values, attn_mask=self.mask).view_as(query)
 
     def keep(self, going: Tensor) -> None:
         """Drops the sequences whose rows are not in `going`, which are rising; what is left of the batch moves up."""
@@ -1251,23 +1298,24 @@ def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperatu
     """Token ids [S, max_new_tokens] sampled with a key-value cache, `prompts` in falling order of their lengths; a row
     is `end` from its first `end` on."""
     device, steps = model.embedding.weight.device, noise.shape[1]
+    dtype = attention_dtype(model.activations, device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     rows = fill_rows(lengths.tolist(), list(range(len(prompts))), device)
-    batch = lay_out([(prompt,) for prompt in prompts], *rows).to(device)
+    batch = lay_out([(prompt,) for prompt in prompts], rows, device)
     row, place = (batch.document >= 0).nonzero(as_tuple=True)
     sequence, caches, start = batch.members[batch.document[row, place]], [], 0
     while start < len(prompts):  # a cache for those that need at least 0.7 times the columns of the longest
         after = int((lengths + steps >= 0.7 * (lengths[start] + steps)).sum())
         own, rows = (sequence >= start) & (sequence < after), torch.arange(start, after, device=device)
         slots = row[own], place[own], sequence[own] - start, batch.positions[row[own], place[own]]
-        caches.append(Cache(model.config, rows, lengths[rows], steps, model.activations, slots))
+        caches.append(Cache(model.config, rows, lengths[rows], steps, dtype, slots))
         start = after
     hidden = model(batch.tokens, batch.positions, batch.mask, batch.last[batch.members.argsort()], caches)
-    head = model.vocabulary_weight.to(model.activations).T
+    head = model.vocabulary_weight.to(model.activations)
     output = torch.full((len(prompts), steps), end, device=device)
     live, noise = torch.arange(len(prompts), device=device), noise.to(device)
     for step in range(steps):
-        tokens = sample(hidden.to(head.dtype) @ head, noise[live, step], temperature)
+        tokens = sample(product(hidden.to(head.dtype), head), noise[live, step], temperature)
         if step > 0:
             tokens = torch.where(output[live, step - 1] == end, end, tokens)
         output[live, step] = tokens
@@ -1456,7 +1504,7 @@ def prepare_model(model: nn.Module, settings: CommonSettings) -> nn.Module:
     gpt.activations = torch.bfloat16 if bf16 else torch.float32
     gpt.checkpointed = isinstance(settings, TrainingSettings) and settings.grad_checkpoint
     gpt.compiled = device.type == "cuda" if settings.compile is None else settings.compile
-    if gpt.compiled:
+    if gpt.compiled and device.type == "cuda":  # elsewhere a block's graph would depend on the documents' lengths
         for block in gpt.blocks:
             block.compile(dynamic=True)
     return shard(model, gpt.blocks, device) if dist.is_initialized() else model.to(device)

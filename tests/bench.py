@@ -177,7 +177,7 @@ def padded(sequences: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, t
     length = tokens.shape[1]
     real = torch.arange(length) < torch.tensor([len(sequence) for sequence in sequences])[:, None]
     mask = torch.ones(length, length, dtype=torch.bool).tril() & real[:, None, None, :]
-    return tokens, torch.arange(length).expand_as(tokens), mask
+    return tokens, torch.arange(length).expand_as(tokens), [(length, mask)]
 
 
 class PlainCache:
@@ -206,7 +206,7 @@ def plain_generate(gpt: GPT, prompts: list[torch.Tensor], end: int, new: int, se
     noise = torch.rand(len(prompts), new, generator=torch.Generator().manual_seed(seed))
     cache, drawn = PlainCache(), []
     with gpt.precision():
-        hidden = gpt(tokens, (columns[:width] - padding).clamp(0), mask, None, [cache])[:, -1]
+        hidden = gpt(tokens, (columns[:width] - padding).clamp(0), [(width, mask)], None, [cache])[:, -1]
         for step in range(new):
             logits = hidden.to(gpt.activations) @ gpt.vocabulary_weight.to(gpt.activations).T
             drawn.append(sample(logits, noise[:, step], 1.0))

@@ -19,7 +19,7 @@ def plain_logprobs(policy, prompt, response):
     """Log-probs of one response's tokens, with nothing packed and an ordinary causal mask."""
     tokens = torch.cat((prompt, response))[None]
     length = tokens.shape[1]
-    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    mask = [(length, torch.ones(length, length, dtype=torch.bool).tril())]
     logits = policy(tokens, torch.arange(length)[None], mask)[0] @ policy.embedding.weight.T
     before = logits[len(prompt) - 1 : -1]  # the token before each of the response's tokens predicts it
     return before.log_softmax(-1).gather(1, response[:, None])[:, 0]

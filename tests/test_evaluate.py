@@ -102,7 +102,7 @@ def made_answers(gold):
 def plain_hidden(model, prompt, response):
     tokens = torch.cat((prompt, response))[None]
     length = tokens.shape[1]
-    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    mask = [(length, torch.ones(length, length, dtype=torch.bool).tril())]
     return model(tokens, torch.arange(length)[None], mask)[0]
 
 

@@ -603,7 +603,7 @@ def test_select_takes_pairs_with_their_rewards_in_order():
 def plain_hidden(policy, tokens):
     """Hidden states [length, dim] of one sequence, with an ordinary causal mask."""
     n = len(tokens)
-    return policy(tokens[None], torch.arange(n)[None], torch.ones(n, n, dtype=torch.bool).tril())[0]
+    return policy(tokens[None], torch.arange(n)[None], [(n, torch.ones(n, n, dtype=torch.bool).tril())])[0]
 
 
 def plain_logprobs(policy, prompt, response):
@@ -676,16 +676,16 @@ def test_gradients_do_not_depend_on_the_size_of_a_pass(policy, documents, mode, 
 def test_packed_rows_by_hand():
     first = torch.tensor([5, 6]), torch.tensor([7, 8]), torch.tensor([9])
     second = torch.tensor([4]), torch.tensor([3])
-    batch = lay_out([first, second], [[0], [1]], 6)
-    assert batch.tokens.tolist() == [[5, 6, 7, 8, 9, 0], [4, 3, 0, 0, 0, 0]]
-    assert batch.positions.tolist() == [[0, 1, 2, 3, 2, 0], [0, 1, 0, 0, 0, 0]]
-    assert batch.branch.tolist() == [[0, 0, 1, 1, 2, 0], [0, 1, 0, 0, 0, 0]]
-    assert batch.document.tolist() == [[0, 0, 0, 0, 0, -1], [1, 1, -1, -1, -1, -1]]
-    assert batch.source.tolist() == [1, 2, 1, 6]  # the prompt's last token predicts the first of both responses
+    batch = lay_out([first, second], [[0], [1]], CPU)
+    assert batch.tokens.tolist() == [[5, 6, 7, 8, 9], [4, 3, 0, 0, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 2], [0, 1, 0, 0, 0]]
+    assert batch.branch.tolist() == [[0, 0, 1, 1, 2], [0, 1, 0, 0, 0]]
+    assert batch.document.tolist() == [[0, 0, 0, 0, 0], [1, 1, -1, -1, -1]]
+    assert batch.source.tolist() == [1, 2, 1, 5]  # the prompt's last token predicts the first of both responses
     assert batch.target.tolist() == [7, 8, 9, 3]
     assert batch.sequence.tolist() == [0, 0, 1, 2]
     assert batch.offset.tolist() == [0, 1, 0, 0]
-    assert batch.last.tolist() == [3, 4, 7]
+    assert batch.last.tolist() == [3, 4, 6]
     assert batch.members.tolist() == [0, 1]
 
 
@@ -718,22 +718,35 @@ def test_packing_loses_and_invents_nothing(documents, tokens_per_pass):
     assert sorted(seen) == list(range(len(many)))
 
 
-def test_rows_are_about_equally_full():
-    """A hundred documents of 20 to 300 tokens, longest first: little is left empty, and rows stay short."""
+def test_rows_of_a_gpu_are_about_equally_full():
+    """Three hundred documents of 20 to 1,000 tokens, longest first: little is left empty."""
     generator = torch.Generator().manual_seed(0)
-    sizes = torch.randint(20, 301, (100,), generator=generator).sort(descending=True).values.tolist()
-    rows, length = fill_rows(sizes, list(range(100)), CPU)
+    sizes = torch.randint(20, 1001, (300,), generator=generator).sort(descending=True).values.tolist()
+    rows = fill_rows(sizes, list(range(300)), torch.device("cuda"))
     loads = [sum(sizes[index] for index in row) for row in rows]
-    assert sorted(index for row in rows for index in row) == list(range(100))
-    assert max(loads) <= length < max(loads) + 16
-    assert sum(loads) > 0.93 * len(rows) * length
-    assert max(sizes) <= length <= 2 * max(sizes)
+    assert sorted(index for row in rows for index in row) == list(range(300))
+    assert 4096 <= max(loads) < 1.1 * 4096
+    assert sum(loads) > 0.98 * len(rows) * max(loads)
+    rows = fill_rows([9000, 100], [0, 1], torch.device("cuda"))  # longer than a row: the row grows
+    assert rows == [[0, 1]]
 
 
-def test_a_document_longer_than_a_row_makes_longer_rows():
-    (batch,) = pack([(torch.arange(300), torch.arange(7)), (torch.arange(3), torch.arange(2))], CPU)
-    assert batch.tokens.shape[1] >= 307
-    assert sorted(batch.members.tolist()) == [0, 1]
+def test_a_row_has_no_gaps(documents):
+    """On the CPU: one row, and every place of it a token; of two processes, one row each, about equally full."""
+    many = documents * 20
+    for batch in pack(many, CPU, 1000):
+        assert len(batch.tokens) == 1 and (batch.document >= 0).all()
+    sizes = sorted((sum(map(len, document)) for document in many), reverse=True)
+    first, second = fill_rows(sizes, list(range(len(many))), CPU, processes=2)
+    assert sorted(first + second) == list(range(len(many)))
+    assert abs(sum(sizes[index] for index in first) - sum(sizes[index] for index in second)) <= sizes[0]
+
+
+def test_passes_are_about_equally_long(documents):
+    """What is left after full passes would make a small one, whose matrix products are slow."""
+    sizes = [batch.tokens.numel() for batch in pack(documents * 20, CPU, 1000)]
+    longest = max(sum(map(len, document)) for document in documents)
+    assert len(sizes) > 2 and max(sizes) <= 1000 and max(sizes) - min(sizes) <= len(sizes) * longest
 
 
 def test_prompts_alone_can_be_packed():
@@ -747,39 +760,61 @@ def test_prompts_alone_can_be_packed():
 
 def test_a_batch_can_be_moved_after_its_mask_was_made(documents):
     batch = next(pack(documents, CPU))
-    mask = batch.mask
-    assert torch.equal(batch.to(CPU).mask, mask)
+    assert len(batch.to(CPU).mask) == len(batch.mask) == len(batch.members)
 
 
-def test_dense_mask_is_the_rule_token_by_token():
-    def ids(count):
-        return torch.ones(count, dtype=torch.long)
+def allowed(at, seen):
+    """May a place labelled (document, branch or nothing in the prompt) attend to an earlier one labelled `seen`?"""
+    return at[0] == seen[0] and (len(seen) == 1 or seen == at)
 
-    documents = [(ids(2), ids(3), ids(2)), (ids(1), ids(1), ids(2)), (ids(3), ids(2))]
-    mask = lay_out(documents, [[2, 0], [1]], 14).mask
-    labels = [  # (document, branch) of each place; the unused end of a row is a document of its own
-        [*"CC", "C", "C1", "C1", "A", "A", "A1", "A1", "A1", "A2", "A2", ".", "."],
-        ["B", "B1", "B2", "B2", *"." * 10],
-    ]
+
+def ids(count):
+    return torch.ones(count, dtype=torch.long)
+
+
+def test_masks_are_the_rule_token_by_token():
+    documents = [(ids(2), ids(3), ids(2)), (ids(1), ids(1), ids(2)), (ids(3), ids(2)), (ids(4),)]
+    batch = lay_out(documents, [[2, 0, 3, 1]], CPU)
+    labels = [["C", "C", "C", "C1", "C1"], ["A", "A", "A1", "A1", "A1", "A2", "A2"], [*"DDDD"], ["B", "B1", "B2", "B2"]]
+    assert [size for size, _ in batch.mask] == [5, 7, 4, 4]
+    for (_, mask), places in zip(batch.mask, labels, strict=True):
+        if mask is None:  # every token sees all before it: right for one branch or none
+            assert all(allowed(at, seen) for place, at in enumerate(places) for seen in places[: place + 1])
+            continue
+        for query, at in enumerate(places):
+            for key, seen in enumerate(places):
+                assert mask[query, key] == (key <= query and allowed(at, seen)), (places, query, key)
+    assert [mask is None for _, mask in batch.mask] == [True, False, True, False]
+
+
+def test_the_unused_end_of_a_row_is_a_document_of_its_own():
+    """Or a block mask would hold rows that see nothing."""
+    batch = lay_out([(ids(3), ids(2)), (ids(1), ids(1))], [[0], [1]], CPU)
+    labels = [["A", "A", "A", "A1", "A1"], ["B", "B1", *"..."]]
+    rule = visibility(batch.document, batch.branch)
     for row, places in enumerate(labels):
         for query, at in enumerate(places):
             for key, seen in enumerate(places):
-                allowed = key <= query and at[0] == seen[0] and (len(seen) == 1 or seen == at)
-                assert mask[row, 0, query, key] == allowed, (row, query, key)
+                assert rule(row, 0, query, key) == (key <= query and allowed(at, seen)), (row, query, key)
 
 
 @pytest.mark.parametrize("longest", [30, 310])
-def test_flex_attention_equals_the_dense_mask(policy, documents, longest):
-    """Bare attention on random queries, and the whole GPT; rows of 256 and of a length that no block divides."""
-    batch = next(pack([*documents, (torch.arange(longest) % 97, torch.arange(5))], CPU))
-    rows, length = batch.tokens.shape
-    block_mask = create_block_mask(visibility(batch.document, batch.branch), rows, None, length, length, device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(rows, heads, length, 8, generator=generator) for heads in (4, 2, 2))
+def test_flex_attention_equals_attention_by_document(policy, documents, longest):
+    """The whole GPT under a block mask, of rows that no block divides, and with a mask for each document."""
+    several = [*documents, (torch.arange(longest) % 97, torch.arange(5))]
+    (batch,) = pack(several, CPU)
+    rule, length = visibility(batch.document, batch.branch), batch.tokens.shape[1]
+    block_mask = create_block_mask(rule, 1, None, length, length, device="cpu")
     with torch.no_grad():
-        flex = flex_attention(query, key, value, block_mask=block_mask, enable_gqa=True)
-        close(flex, F.scaled_dot_product_attention(query, key, value, attn_mask=batch.mask, enable_gqa=True))
-        close(policy(batch.tokens, batch.positions, block_mask), policy(batch.tokens, batch.positions, batch.mask))
+        expected = policy(batch.tokens, batch.positions, batch.mask)
+        close(policy(batch.tokens, batch.positions, block_mask), expected)
+        rows = lay_out(several, fill_rows([1] * len(several), batch.members.tolist(), CPU, processes=3), CPU)
+        rule, length = visibility(rows.document, rows.branch), rows.tokens.shape[1]
+        block_mask = create_block_mask(rule, 3, None, length, length, device="cpu")
+        cut = policy(rows.tokens, rows.positions, block_mask)
+        for place, member in enumerate(rows.members.tolist()):  # the same documents in three rows, with unused ends
+            at = (batch.members == member).nonzero()[0, 0]
+            close(cut[rows.document == place], expected[batch.document == at])
 
 
 # ---- The GPT ----
@@ -798,7 +833,7 @@ def test_hidden_states_depend_on_earlier_tokens_only(policy):
 
 def test_only_differences_of_positions_matter(policy):
     tokens = torch.randint(0, 97, (1, 40), generator=torch.Generator().manual_seed(0))
-    positions, mask = torch.arange(40)[None], torch.ones(40, 40, dtype=torch.bool).tril()
+    positions, mask = torch.arange(40)[None], [(40, torch.ones(40, 40, dtype=torch.bool).tril())]
     hidden = policy(tokens, positions, mask)
     close(policy(tokens, positions + 100, mask), hidden, 1e-4)
     assert (policy(tokens, positions * 2, mask) - hidden).abs().max() > 1e-2

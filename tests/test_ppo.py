@@ -82,7 +82,7 @@ def plain_hidden(trunk, document):
     """Hidden states of the tokens before each response token, with nothing packed and an ordinary causal mask."""
     tokens = torch.cat(document)[None]
     length = tokens.shape[1]
-    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    mask = [(length, torch.ones(length, length, dtype=torch.bool).tril())]
     return trunk(tokens, torch.arange(length)[None], mask)[0, len(document[0]) - 1 : -1]
 
 

@@ -16,7 +16,7 @@ def plain_score(model, *parts):
     """The head on the last hidden state of one sequence, with nothing packed and an ordinary causal mask."""
     tokens = torch.cat(parts)[None]
     length = tokens.shape[1]
-    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    mask = [(length, torch.ones(length, length, dtype=torch.bool).tril())]
     return model.head(model.trunk(tokens, torch.arange(length)[None], mask)[0, -1])[0]
 
 

@@ -14,9 +14,8 @@ import pyarrow.parquet
 import pytest
 import regex
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import create_block_mask
 
 import model
 from model import (

@@ -181,16 +181,20 @@ def padded(sequences: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, t
 
 
 class PlainCache:
-    """Keys and values, which grow by a column a step, padding included."""
+    """Keys and values of a whole batch, which grow by a column a step, padding included."""
 
-    def __init__(self):
-        self.kept = {}
+    def __init__(self, size: int):
+        self.size, self.kept = size, {}
+
+    def __len__(self) -> int:
+        return self.size
 
     def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         old = self.kept.get(layer, (key[:, :, :0], value[:, :, :0]))
         self.kept[layer] = tuple(torch.cat(pair, 2) for pair in zip(old, (key, value), strict=True))
 
-    def attend(self, layer: int, query: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        self.store(layer, key, value)
         return F.scaled_dot_product_attention(query, *self.kept[layer], attn_mask=self.mask, enable_gqa=True)
 
 
@@ -204,7 +208,7 @@ def plain_generate(gpt: GPT, prompts: list[torch.Tensor], end: int, new: int, se
     real = (columns >= padding)[:, None, None]
     mask = (torch.ones(width, width, dtype=torch.bool).tril() & real[..., :width]) | torch.eye(width, dtype=torch.bool)
     noise = torch.rand(len(prompts), new, generator=torch.Generator().manual_seed(seed))
-    cache, drawn = PlainCache(), []
+    cache, drawn = PlainCache(len(prompts)), []
     with gpt.precision():
         hidden = gpt(tokens, (columns[:width] - padding).clamp(0), [(width, mask)], None, [cache])[:, -1]
         for step in range(new):

@@ -949,14 +949,15 @@ def product(x: Tensor, matrix: Tensor) -> Tensor:
     """x · matrixᵀ: [..., K], [N, K] or `packed` → [..., N]. Large ones in fp32 on the CPU are left to oneDNN: the
     library behind torch's own products takes 1.3 times as long on AMD processors. (Small ones do not repay its start
     at every new number of rows.)"""
-    large = x.dtype == matrix.dtype == torch.float32 and suits_onednn(matrix)
-    if matrix.is_mkldnn or large:
+    if matrix.is_mkldnn or (matrix.dtype == torch.float32 and suits_onednn(matrix)):
         return torch.ops.mkldnn._linear_pointwise(x, matrix, None, "none", [], "")
     return F.linear(x, matrix)
 
 
 def suits_onednn(matrix: Tensor) -> bool:
-    return matrix.device.type == "cpu" and matrix.numel() > 2**16 and torch.backends.mkldnn.is_available()
+    """Is it a large one on the CPU?"""
+    known = matrix.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+    return known and matrix.device.type == "cpu" and matrix.numel() > 2**16
 
 
 def packed(matrix: Tensor) -> Tensor:
@@ -987,9 +988,9 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:
             return product(x.to(self.packed.dtype), self.packed)
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type) or not suits_onednn(self.weight):  # in bf16 torch takes oneDNN too
             return super().forward(x)
-        return Product.apply(x, self.weight) if torch.is_grad_enabled() else product(x, self.weight)
+        return Product.apply(x, self.weight)
 
 
 @contextlib.contextmanager

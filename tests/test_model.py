@@ -23,6 +23,7 @@ from model import (
     TOY_BEST_REWARD,
     WORD_PATTERN,
     Config,
+    Linear,
     PairsBuilder,
     Settings,
     Training,
@@ -37,6 +38,7 @@ from model import (
     load_model,
     load_pairs,
     pack,
+    packed_weights,
     read_file_rows,
     read_hub_rows,
     read_pairs,
@@ -741,11 +743,10 @@ def test_a_row_has_no_gaps(documents):
     assert abs(sum(sizes[index] for index in first) - sum(sizes[index] for index in second)) <= sizes[0]
 
 
-def test_passes_are_about_equally_long(documents):
-    """What is left after full passes would make a small one, whose matrix products are slow."""
-    sizes = [batch.tokens.numel() for batch in pack(documents * 20, CPU, 1000)]
-    longest = max(sum(map(len, document)) for document in documents)
-    assert len(sizes) > 2 and max(sizes) <= 1000 and max(sizes) - min(sizes) <= len(sizes) * longest
+def test_passes_are_about_equally_long():
+    """What is left after two full passes would make a small one, whose matrix products are slow."""
+    batches = pack([(torch.arange(60), torch.arange(40))] * 22, CPU, 1000)
+    assert [batch.tokens.numel() for batch in batches] == [800, 800, 600]
 
 
 def test_prompts_alone_can_be_packed():
@@ -980,6 +981,61 @@ def test_policy_logprobs_scale_with_temperature(policy, documents):
     close(entropies, -(expected.exp() * expected).sum(-1))
 
 
+# ---- Products ----
+
+WIDE = Config(vocabulary=300, dim=288, layers=2, heads=4, kv_heads=2, mlp=320, context=64)  # wide enough for oneDNN
+
+
+def wide_policy():
+    torch.manual_seed(6)
+    return GPT(WIDE)
+
+
+@pytest.mark.parametrize("shape", [(1, 300), (37, 300), (2, 19, 300)])
+def test_products_and_their_gradients_equal_float64(shape):
+    generator = torch.Generator().manual_seed(0)
+    layer = Linear(300, 260, bias=False)
+    x = torch.randn(shape, generator=generator, requires_grad=True)
+    grad = torch.randn(*shape[:-1], 260, generator=generator)
+    result = layer(x)
+    assert "Product" in type(result.grad_fn).__name__  # not torch's own
+    result.backward(grad)
+    exact_x, exact_weight = (part.detach().double().requires_grad_() for part in (x, layer.weight))
+    exact = exact_x @ exact_weight.T
+    exact.backward(grad.double())
+    for one, other in ((result, exact), (x.grad, exact_x.grad), (layer.weight.grad, exact_weight.grad)):
+        assert one.shape == other.shape
+        assert (one - other).norm() < 1e-6 * other.norm()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_products_with_packed_weights_equal_those_without(dtype, tolerance):
+    layer, x = Linear(300, 260, bias=False), torch.randn(9, 300, generator=torch.Generator().manual_seed(0))
+    exact = x.double() @ layer.weight.double().T
+    with packed_weights(layer, dtype), torch.no_grad():
+        assert layer.packed.is_mkldnn
+        result = layer(x)
+    assert result.dtype == dtype and layer.packed is None
+    assert (result - exact).norm() < tolerance * exact.norm()
+
+
+def test_a_wide_gpt_is_the_same_without_onednn(monkeypatch):
+    """Log-probs, and the gradients of all weights."""
+    documents = [(torch.arange(9), torch.arange(20, 31), torch.arange(5)), (torch.arange(4), torch.arange(7))]
+    results = []
+    for there in (True, False):
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda there=there: there)
+        policy = wide_policy()
+        (batch,) = pack(documents, CPU)
+        logprobs, _ = policy.logprobs(batch)
+        (logprobs * batch.offset.cos()).sum().backward()
+        gradients = torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
+        results.append((logprobs.detach(), gradients))
+    (logprobs, gradients), (other_logprobs, other_gradients) = results
+    close(logprobs, other_logprobs)
+    assert (gradients - other_gradients).norm() < 1e-5 * gradients.norm()
+
+
 # ---- Generation ----
 
 SMALL = Config(vocabulary=12, dim=32, layers=2, heads=4, kv_heads=2, mlp=64, context=64, tied=False)
@@ -1018,6 +1074,24 @@ def test_generation_equals_the_sampler_without_a_cache(temperature, seed):
     policy, prompts = small_policy(), some_prompts(14)
     result = [response.tolist() for response in generate(policy, prompts, END, 26, temperature, seed)]
     assert result == plain_generate(policy, prompts, END, 26, temperature, seed)
+
+
+def test_generation_with_packed_weights_equals_the_sampler_without_a_cache():
+    """Also after the weights have changed, and after Ctrl-C in the middle: nothing packed is left behind."""
+    policy, prompts = wide_policy(), some_prompts(6)
+
+    def interrupt(tokens):
+        assert policy.blocks[0].gate.packed.is_mkldnn
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            generate(policy, prompts, END, 12, watch=interrupt)
+        assert policy.blocks[0].gate.packed is None
+        result = [response.tolist() for response in generate(policy, prompts, END, 12)]
+        assert result == plain_generate(policy, prompts, END, 12, 1.0, 0)
+        with torch.no_grad():
+            policy.blocks[0].gate.weight.neg_()
 
 
 def test_sequences_that_end_early_leave_and_the_others_go_on_as_they_would():

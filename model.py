@@ -760,11 +760,10 @@ class Packed:
 
     tokens, positions, document, branch: [rows, length], one row except on CUDA; `document` numbers the documents (−1:
     unused), `branch` is 0 in a prompt and 1, 2, … in its branches, `positions` count within prompt + own branch.
-    Sequences, one per branch, are
-    numbered document by document. For each of the N response tokens: `source`, the flat index of the token before it
-    on its branch, whose hidden state predicts it; `target`, its id; `sequence`, its sequence's number; `offset`, its
-    place in the response. `last`: flat index of each sequence's last token (of a lone prompt: its own). `members`: for
-    each document, its index in the list that was packed.
+    Sequences, one per branch, are numbered document by document. For each of the N response tokens: `source`, the flat
+    index of the token before it on its branch, whose hidden state predicts it; `target`, its id; `sequence`, its
+    sequence's number; `offset`, its place in the response. `last`: flat index of each sequence's last token (of a lone
+    prompt: its own). `members`: for each document, its index in the list that was packed.
     """
 
     tokens: Tensor
@@ -785,16 +784,17 @@ class Packed:
 
     @functools.cached_property
     def mask(self) -> "list[tuple[int, Tensor | None]] | BlockMask":
-        """Who may attend to whom: a FlexAttention block mask on CUDA; elsewhere, for each document in the row, its
+        """Who may attend to whom: a FlexAttention block mask on CUDA; elsewhere, for each document of the one row, its
         length n and a dense [n, n], or None where every token sees all before it."""
         if self.tokens.is_cuda:
             rule, (rows, length) = visibility(self.document, self.branch), self.tokens.shape
             return create_block_mask(rule, rows, None, length, length, device=self.tokens.device)
+        assert len(self.tokens) == 1, "rows are for CUDA"
         masks, sizes = [], self.document[0].unique_consecutive(return_counts=True)[1].tolist()
         for document, branch in zip(*(part.split(sizes, 1) for part in (self.document, self.branch)), strict=True):
             at = torch.arange(branch.shape[1], device=branch.device)
-            branches = branch.max() > 1
-            masks.append((len(at), visibility(document, branch)(0, None, at[:, None], at) if branches else None))
+            forks = branch.max() > 1
+            masks.append((len(at), visibility(document, branch)(0, None, at[:, None], at) if forks else None))
         return masks
 
 
@@ -811,15 +811,16 @@ def visibility(document: Tensor, branch: Tensor):
 
 
 def pack(documents: list[tuple[Tensor, ...]], device: torch.device, tokens_per_pass: int = 0) -> Iterator[Packed]:
-    """Packs documents, each (prompt, response, response, …), into rows; yields one `Packed` per forward pass of at most
-    `tokens_per_pass` tokens, or one document [default: as many as suit the device].
+    """Packs documents, each (prompt, response, response, …), into rows; yields one `Packed` per forward pass, of one
+    document or of at most `tokens_per_pass` tokens [default: as many as suit the device].
 
-    Of several processes each gets other rows, and as many passes as the rest, the last one empty if need be.
+    Passes are about equally long: a short last one would make slow matrix products. Of several processes each gets
+    other rows, and as many passes as the rest, the last one empty if need be.
     """
     rank, size = processes()
     most = size * (tokens_per_pass or (32768 if device.type == "cuda" else 4096))
     sizes = [sum(map(len, document)) for document in documents]
-    some, total, enough = [], 0, sum(sizes) / math.ceil(sum(sizes) / most)  # equal passes: no small one at the end
+    some, total, enough = [], 0, sum(sizes) / math.ceil(sum(sizes) / most)
     for index in sorted(range(len(documents)), key=lambda index: -sizes[index]):
         if some and (total + sizes[index] > most or total >= enough):
             yield lay_out(documents, fill_rows(sizes, some, device, size)[rank::size], device)
@@ -830,10 +831,10 @@ def pack(documents: list[tuple[Tensor, ...]], device: torch.device, tokens_per_p
 
 
 def fill_rows(sizes: list[int], some: list[int], device: torch.device, processes: int = 1) -> list[list[int]]:
-    """Lays the documents `some`, in falling order of their `sizes`, in rows, each in the emptiest: the lists of them.
+    """Deals the documents `some`, in falling order of their `sizes`, to rows, each to the emptiest; returns the rows.
 
-    A process has one row, without gaps; on CUDA rows of some 4,096 tokens, since a block mask is made from all pairs
-    of places in a row.
+    A process has one row, without gaps; on CUDA several, of some 4,096 tokens, since a block mask is made from all
+    pairs of places in a row.
     """
     count = processes
     if device.type == "cuda":
@@ -897,6 +898,70 @@ def lay_out(documents: list[tuple[Tensor, ...]], rows: list[list[int]], device: 
     return Packed(tokens, positions, document, branch, *flat, *numbers).to(device)
 
 
+# ---- Matrix products ----
+
+
+def product(x: Tensor, matrix: Tensor) -> Tensor:
+    """x · matrixᵀ: [..., K], [N, K] → [..., N]. On the CPU large ones in fp32, and those of `reordered` matrices, are
+    done by oneDNN, through the operators that torch.compile emits: the library behind torch's own products in fp32 takes
+    1.3 times as long on AMD's processors."""
+    if matrix.is_mkldnn or (matrix.dtype == torch.float32 and suits_onednn(matrix)):
+        return torch.ops.mkldnn._linear_pointwise(x, matrix, None, "none", [], "")
+    return F.linear(x, matrix)
+
+
+def suits_onednn(matrix: Tensor) -> bool:
+    """Is the matrix on the CPU and large? Small ones do not repay what oneDNN prepares for each new number of rows."""
+    known = matrix.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+    return known and matrix.device.type == "cpu" and matrix.numel() > 2**16
+
+
+def reordered(matrix: Tensor) -> Tensor:
+    """The same matrix laid out for `product` with few rows, which then takes 0.7 times as long; without gradients."""
+    matrix = matrix.detach()
+    return torch.ops.mkldnn._reorder_linear_weight(matrix) if suits_onednn(matrix) else matrix
+
+
+class Product(torch.autograd.Function):
+    """`product` with its gradients."""
+
+    @staticmethod
+    def forward(ctx, x, matrix):
+        ctx.save_for_backward(x, matrix)
+        return product(x, matrix)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, matrix = ctx.saved_tensors
+        return product(grad, matrix.T), grad.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias whose products are `product`; of its `reordered` weight, where it has one."""
+
+    reordered = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reordered is not None:
+            return product(x.to(self.reordered.dtype), self.reordered)
+        if torch.is_autocast_enabled(x.device.type) or not suits_onednn(self.weight):  # bf16 is oneDNN's anyway
+            return super().forward(x)
+        return Product.apply(x, self.weight)
+
+
+@contextlib.contextmanager
+def reordered_weights(model: nn.Module, dtype: torch.dtype):
+    """The context in which all linear layers have reordered weights of `dtype`."""
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    for layer in layers:
+        layer.reordered = reordered(layer.weight.to(dtype))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.reordered = None
+
+
 # ---- The GPT ----
 
 
@@ -943,67 +1008,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     an angle that grows with position. x: [rows, heads, length, head_dim]; cos, sin: [rows, 1, length, head_dim / 2]."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def product(x: Tensor, matrix: Tensor) -> Tensor:
-    """x · matrixᵀ: [..., K], [N, K] or `packed` → [..., N]. Large ones in fp32 on the CPU are left to oneDNN: the
-    library behind torch's own products takes 1.3 times as long on AMD processors. (Small ones do not repay its start
-    at every new number of rows.)"""
-    if matrix.is_mkldnn or (matrix.dtype == torch.float32 and suits_onednn(matrix)):
-        return torch.ops.mkldnn._linear_pointwise(x, matrix, None, "none", [], "")
-    return F.linear(x, matrix)
-
-
-def suits_onednn(matrix: Tensor) -> bool:
-    """Is it a large one on the CPU?"""
-    known = matrix.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
-    return known and matrix.device.type == "cpu" and matrix.numel() > 2**16
-
-
-def packed(matrix: Tensor) -> Tensor:
-    """The same for `product`, laid out so that it takes 0.7 times as long with few rows; without gradients."""
-    matrix = matrix.detach()
-    return torch.ops.mkldnn._reorder_linear_weight(matrix) if suits_onednn(matrix) else matrix
-
-
-class Product(torch.autograd.Function):
-    """`product` with its gradients."""
-
-    @staticmethod
-    def forward(ctx, x, matrix):
-        ctx.save_for_backward(x, matrix)
-        return product(x, matrix)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, matrix = ctx.saved_tensors
-        return product(grad, matrix.T), grad.flatten(0, -2).T @ x.flatten(0, -2)
-
-
-class Linear(nn.Linear):
-    """A linear layer without bias whose products are `product`; of its `packed` weight, where it has one."""
-
-    packed = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.packed is not None:
-            return product(x.to(self.packed.dtype), self.packed)
-        if torch.is_autocast_enabled(x.device.type) or not suits_onednn(self.weight):  # in bf16 torch takes oneDNN too
-            return super().forward(x)
-        return Product.apply(x, self.weight)
-
-
-@contextlib.contextmanager
-def packed_weights(model: nn.Module, dtype: torch.dtype):
-    """The context in which all linear layers have packed weights of `dtype`."""
-    layers = [module for module in model.modules() if isinstance(module, Linear)]
-    for layer in layers:
-        layer.packed = packed(layer.weight.to(dtype))
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.packed = None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: "list[tuple[int, Tensor | None]] | BlockMask") -> Tensor:
@@ -1317,7 +1321,7 @@ def generate(
     rank, size = processes()
     by_length = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))[rank::size]
     tokens = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long)
-    with gathered(model), model.precision(), packed_weights(model, model.activations):  # for all steps at once
+    with gathered(model), model.precision(), reordered_weights(model, model.activations):  # once
         for start in range(0, len(by_length), 256):  # prompts of like length together: less of the cache lies empty
             indices = by_length[start : start + 256]
             some = [prompts[index] for index in indices]
@@ -1343,7 +1347,7 @@ def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperatu
         caches.append(Cache(model.config, lengths[start:after], steps, dtype, slots))
         start = after
     hidden = model(batch.tokens, batch.positions, batch.mask, batch.last[batch.members.argsort()], caches)
-    head = packed(model.vocabulary_weight.to(model.activations))
+    head = reordered(model.vocabulary_weight.to(model.activations))
     output = torch.full((len(prompts), steps), end, device=device)
     live, noise = torch.arange(len(prompts), device=device), noise.to(device)
     for step in range(steps):

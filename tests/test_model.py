@@ -38,10 +38,10 @@ from model import (
     load_model,
     load_pairs,
     pack,
-    packed_weights,
     read_file_rows,
     read_hub_rows,
     read_pairs,
+    reordered_weights,
     row_problem,
     sample,
     save_model,
@@ -1009,13 +1009,13 @@ def test_products_and_their_gradients_equal_float64(shape):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
-def test_products_with_packed_weights_equal_those_without(dtype, tolerance):
+def test_products_with_reordered_weights_equal_those_without(dtype, tolerance):
     layer, x = Linear(300, 260, bias=False), torch.randn(9, 300, generator=torch.Generator().manual_seed(0))
     exact = x.double() @ layer.weight.double().T
-    with packed_weights(layer, dtype), torch.no_grad():
-        assert layer.packed.is_mkldnn
+    with reordered_weights(layer, dtype), torch.no_grad():
+        assert layer.reordered.is_mkldnn
         result = layer(x)
-    assert result.dtype == dtype and layer.packed is None
+    assert result.dtype == dtype and layer.reordered is None
     assert (result - exact).norm() < tolerance * exact.norm()
 
 
@@ -1076,18 +1076,18 @@ def test_generation_equals_the_sampler_without_a_cache(temperature, seed):
     assert result == plain_generate(policy, prompts, END, 26, temperature, seed)
 
 
-def test_generation_with_packed_weights_equals_the_sampler_without_a_cache():
-    """Also after the weights have changed, and after Ctrl-C in the middle: nothing packed is left behind."""
+def test_generation_with_reordered_weights_equals_the_sampler_without_a_cache():
+    """Also after the weights have changed, and after Ctrl-C in the middle: nothing reordered is left behind."""
     policy, prompts = wide_policy(), some_prompts(6)
 
     def interrupt(tokens):
-        assert policy.blocks[0].gate.packed.is_mkldnn
+        assert policy.blocks[0].gate.reordered.is_mkldnn
         raise KeyboardInterrupt
 
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             generate(policy, prompts, END, 12, watch=interrupt)
-        assert policy.blocks[0].gate.packed is None
+        assert policy.blocks[0].gate.reordered is None
         result = [response.tolist() for response in generate(policy, prompts, END, 12)]
         assert result == plain_generate(policy, prompts, END, 12, 1.0, 0)
         with torch.no_grad():

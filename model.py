@@ -903,8 +903,8 @@ def lay_out(documents: list[tuple[Tensor, ...]], rows: list[list[int]], device: 
 
 def product(x: Tensor, matrix: Tensor) -> Tensor:
     """x · matrixᵀ: [..., K], [N, K] → [..., N]. On the CPU large ones in fp32, and those of `reordered` matrices, are
-    done by oneDNN, through the operators that torch.compile emits: the library behind torch's own products in fp32 takes
-    1.3 times as long on AMD's processors."""
+    done by oneDNN, through the operators that torch.compile emits: the library behind torch's own products in fp32
+    takes 1.3 times as long on AMD's processors."""
     if matrix.is_mkldnn or (matrix.dtype == torch.float32 and suits_onednn(matrix)):
         return torch.ops.mkldnn._linear_pointwise(x, matrix, None, "none", [], "")
     return F.linear(x, matrix)

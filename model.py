@@ -1,8 +1,8 @@
 """Mixed Preference Optimization, chapter 1: what every stage shares, and supervised fine-tuning (SFT).
 
-Reading order: settings and errors, tokenizer, the toy world, preference pairs, packing, the GPT, the log-prob
-kernel, generation, checkpoints, the training loop's bookkeeping, and last the stage itself: it reads preference
-pairs, trains a tokenizer and a GPT on prompt + chosen response by cross-entropy on the response tokens,
+Reading order: settings and errors, tokenizer, the toy world, preference pairs, packing, matrix products, the GPT, the
+log-prob kernel, generation, checkpoints, the training loop's bookkeeping, and last the stage itself: it reads
+preference pairs, trains a tokenizer and a GPT on prompt + chosen response by cross-entropy on the response tokens,
 
     L_SFT = − mean over response tokens of log π(token | everything before it),
 
@@ -111,7 +111,7 @@ class CommonSettings:
     seed: Whole = 0  # seeds the weights, the data order and the sampling
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of activations; weights and optimiser state stay fp32
-    compile: bool | None = None  # torch.compile the blocks and the log-prob kernel; default: on for cuda
+    compile: bool | None = None  # torch.compile the log-prob kernel, and on cuda the blocks; default: on for cuda
 
     parents: dict = dataclasses.field(default_factory=dict, init=False)  # what was read, see note_parent
 
@@ -811,18 +811,18 @@ def visibility(document: Tensor, branch: Tensor):
 
 
 def pack(documents: list[tuple[Tensor, ...]], device: torch.device, tokens_per_pass: int = 0) -> Iterator[Packed]:
-    """Packs documents, each (prompt, response, response, …), into rows; yields one `Packed` per forward pass, of one
-    document or of at most `tokens_per_pass` tokens [default: as many as suit the device].
+    """Packs documents, each (prompt, response, response, …), into rows; yields one `Packed` per forward pass of about
+    `tokens_per_pass` tokens a process, at most one document more [default: as many as suit the device].
 
     Passes are about equally long: a short last one would make slow matrix products. Of several processes each gets
     other rows, and as many passes as the rest, the last one empty if need be.
     """
     rank, size = processes()
-    most = size * (tokens_per_pass or (32768 if device.type == "cuda" else 4096))
     sizes = [sum(map(len, document)) for document in documents]
-    some, total, enough = [], 0, sum(sizes) / math.ceil(sum(sizes) / most)
+    passes = math.ceil(sum(sizes) / size / (tokens_per_pass or (32768 if device.type == "cuda" else 4096)))
+    some, total = [], 0
     for index in sorted(range(len(documents)), key=lambda index: -sizes[index]):
-        if some and (total + sizes[index] > most or total >= enough):
+        if total * passes >= sum(sizes):
             yield lay_out(documents, fill_rows(sizes, some, device, size)[rank::size], device)
             some, total = [], 0
         some.append(index)
@@ -830,15 +830,15 @@ def pack(documents: list[tuple[Tensor, ...]], device: torch.device, tokens_per_p
     yield lay_out(documents, fill_rows(sizes, some, device, size)[rank::size], device)
 
 
-def fill_rows(sizes: list[int], some: list[int], device: torch.device, processes: int = 1) -> list[list[int]]:
+def fill_rows(sizes: list[int], some: list[int], device: torch.device, least: int = 1) -> list[list[int]]:
     """Deals the documents `some`, in falling order of their `sizes`, to rows, each to the emptiest; returns the rows.
 
-    A process has one row, without gaps; on CUDA several, of some 4,096 tokens, since a block mask is made from all
-    pairs of places in a row.
+    There are `least` rows, one a process, and no gaps; on CUDA more, of some 4,096 tokens, since a block mask is made
+    from all pairs of places in a row.
     """
-    count = processes
+    count = least
     if device.type == "cuda":
-        count = max(1, sum(sizes[index] for index in some) // max(sizes[some[0]], 4096))
+        count = max(count, sum(sizes[index] for index in some) // max(sizes[some[0]], 4096))
     rows = [(0, row, []) for row in range(count)]  # a heap: (length so far, number, documents)
     for index in some:
         used, row, members = rows[0]
@@ -902,18 +902,23 @@ def lay_out(documents: list[tuple[Tensor, ...]], rows: list[list[int]], device: 
 
 
 def product(x: Tensor, matrix: Tensor) -> Tensor:
-    """x · matrixᵀ: [..., K], [N, K] → [..., N]. On the CPU large ones in fp32, and those of `reordered` matrices, are
-    done by oneDNN, through the operators that torch.compile emits: the library behind torch's own products in fp32
-    takes 1.3 times as long on AMD's processors."""
+    """x · matrixᵀ: [..., K], [N, K] → [..., N]. On the CPU oneDNN does large ones in fp32, and all with a `reordered`
+    matrix: torch's own products in fp32 go to MKL, which takes 1.3 times as long on AMD's processors. (The operators
+    are private, those that torch.compile emits, and so tied to the torch in requirements.txt.)"""
     if matrix.is_mkldnn or (matrix.dtype == torch.float32 and suits_onednn(matrix)):
         return torch.ops.mkldnn._linear_pointwise(x, matrix, None, "none", [], "")
     return F.linear(x, matrix)
 
 
 def suits_onednn(matrix: Tensor) -> bool:
-    """Is the matrix on the CPU and large? Small ones do not repay what oneDNN prepares for each new number of rows."""
-    known = matrix.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
-    return known and matrix.device.type == "cpu" and matrix.numel() > 2**16
+    """Is the matrix on the CPU, in a dtype that oneDNN knows here, and large? Small ones do not repay what it prepares
+    for each new number of rows. No, while torch.compile looks on: it makes its own choice."""
+    if matrix.device.type != "cpu" or matrix.numel() <= 2**16 or torch.compiler.is_compiling():
+        return False
+    here = torch.backends.mkldnn.is_available()
+    if matrix.dtype == torch.bfloat16:
+        return here and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return here and matrix.dtype == torch.float32
 
 
 def reordered(matrix: Tensor) -> Tensor:
@@ -923,7 +928,7 @@ def reordered(matrix: Tensor) -> Tensor:
 
 
 class Product(torch.autograd.Function):
-    """`product` with its gradients."""
+    """`product` with its gradients. (That of the matrix stays with `@`, which is as fast there.)"""
 
     @staticmethod
     def forward(ctx, x, matrix):
@@ -941,6 +946,9 @@ class Linear(nn.Linear):
 
     reordered = None
 
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.reordered is not None:
             return product(x.to(self.reordered.dtype), self.reordered)
@@ -951,11 +959,11 @@ class Linear(nn.Linear):
 
 @contextlib.contextmanager
 def reordered_weights(model: nn.Module, dtype: torch.dtype):
-    """The context in which all linear layers have reordered weights of `dtype`."""
+    """The context in which all `Linear` layers use weights of `dtype`, reordered where oneDNN has use for that."""
     layers = [module for module in model.modules() if isinstance(module, Linear)]
-    for layer in layers:
-        layer.reordered = reordered(layer.weight.to(dtype))
     try:
+        for layer in layers:
+            layer.reordered = reordered(layer.weight.to(dtype))
         yield
     finally:
         for layer in layers:
@@ -1017,7 +1025,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: "list[tuple[int, Ten
         return flex(query, key, value, block_mask=mask, enable_gqa=True)
     sizes, masks = zip(*mask, strict=True)
     documents = zip(*(part.split(sizes, 2) for part in (query, key, value)), masks, strict=True)
-    with torch.autocast(query.device.type, enabled=False):
+    with torch.autocast(query.device.type, enabled=False):  # which would cast to bf16 what attention_dtype made fp32
         mixed = [
             F.scaled_dot_product_attention(*parts, mask, is_causal=mask is None, enable_gqa=True)
             for *parts, mask in documents
@@ -1040,10 +1048,10 @@ class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.head_dim = config.dim // config.heads
-        self.query = Linear(config.dim, config.heads * self.head_dim, bias=False)
-        self.key = Linear(config.dim, config.kv_heads * self.head_dim, bias=False)
-        self.value = Linear(config.dim, config.kv_heads * self.head_dim, bias=False)
-        self.output = Linear(config.heads * self.head_dim, config.dim, bias=False)
+        self.query = Linear(config.dim, config.heads * self.head_dim)
+        self.key = Linear(config.dim, config.kv_heads * self.head_dim)
+        self.value = Linear(config.dim, config.kv_heads * self.head_dim)
+        self.output = Linear(config.heads * self.head_dim, config.dim)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask, caches: "list[Cache]", layer: int) -> Tensor:
         rows, length, _ = x.shape
@@ -1074,9 +1082,9 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.gate = Linear(config.dim, config.mlp, bias=False)
-        self.up = Linear(config.dim, config.mlp, bias=False)
-        self.down = Linear(config.mlp, config.dim, bias=False)
+        self.gate = Linear(config.dim, config.mlp)
+        self.up = Linear(config.dim, config.mlp)
+        self.down = Linear(config.mlp, config.dim)
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask, places: Tensor | None = None,
@@ -1100,7 +1108,7 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(config.vocabulary, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.head = None if config.tied else Linear(config.dim, config.vocabulary, bias=False)
+        self.head = None if config.tied else nn.Linear(config.dim, config.vocabulary, bias=False)
         self.activations = torch.float32  # dtype of the matrix products
         self.compiled = self.checkpointed = False  # prepare_model sets these as the flags say
         for name, parameter in self.named_parameters():
@@ -1277,13 +1285,13 @@ class Cache:
         """Stores the new tokens' keys and values and returns their attention; [sequences, heads, 1, head_dim] each.
 
         The query heads that share a key head are handed over as so many queries of that one head, which reads each key
-        once. (In bf16 the CPU's kernel takes five times as long to share keys itself.)
+        once.
         """
         keys, values = (kept[layer, :, :, : self.columns] for kept in (self.keys, self.values))
         keys[:, :, -1:], values[:, :, -1:] = key, value
         sharing = query.reshape(len(query), keys.shape[1], -1, keys.shape[3])  # (sequences, kv_heads, heads a key, …)
-        with torch.autocast(query.device.type, enabled=False):
-            return F.scaled_dot_product_attention(sharing, keys, values, attn_mask=self.mask).view_as(query)
+        with torch.autocast(query.device.type, enabled=False):  # as in `attend`
+            return F.scaled_dot_product_attention(sharing, keys, values, attn_mask=self.mask).reshape(query.shape)
 
     def keep(self, going: Tensor) -> None:
         """Drops the sequences that are not `going`, [sequences] bool."""
@@ -1321,7 +1329,7 @@ def generate(
     rank, size = processes()
     by_length = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))[rank::size]
     tokens = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long)
-    with gathered(model), model.precision(), reordered_weights(model, model.activations):  # once
+    with gathered(model), reordered_weights(model, model.activations):  # made once, not anew at every token
         for start in range(0, len(by_length), 256):  # prompts of like length together: less of the cache lies empty
             indices = by_length[start : start + 256]
             some = [prompts[index] for index in indices]

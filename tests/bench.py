@@ -195,7 +195,8 @@ class PlainCache:
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         self.store(layer, key, value)
-        return F.scaled_dot_product_attention(query, *self.kept[layer], attn_mask=self.mask, enable_gqa=True)
+        with torch.autocast("cpu", enabled=False):  # or it would cast the whole cache at every step
+            return F.scaled_dot_product_attention(query, *self.kept[layer], attn_mask=self.mask, enable_gqa=True)
 
 
 @torch.no_grad()

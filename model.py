@@ -1019,7 +1019,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: "list[tuple[int, Tensor | None]] | BlockMask") -> Tensor:
-    """Attention within packed rows, [rows, heads, length, head_dim] each; Packed.mask says who sees whom."""
+    """Attention within packed rows; mask: Packed.mask. query, result: [rows, heads, length, head_dim]; key, value: with
+    kv_heads instead of heads."""
     if isinstance(mask, BlockMask):
         flex = compiled_function(flex_attention) if query.is_cuda else flex_attention
         return flex(query, key, value, block_mask=mask, enable_gqa=True)
@@ -1282,7 +1283,8 @@ class Cache:
         self.mask.masked_fill_(empty[:, None, None], -math.inf)  # (sequences, 1, 1, columns), added to the scores
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Stores the new tokens' keys and values and returns their attention; [sequences, heads, 1, head_dim] each.
+        """Stores the new tokens' key and value, [sequences, kv_heads, 1, head_dim]; returns the attention of their
+        query, [sequences, heads, 1, head_dim] both.
 
         The query heads that share a key head are handed over as so many queries of that one head, which reads each key
         once.
@@ -1290,7 +1292,7 @@ class Cache:
         keys, values = (kept[layer, :, :, : self.columns] for kept in (self.keys, self.values))
         keys[:, :, -1:], values[:, :, -1:] = key, value
         sharing = query.reshape(len(query), keys.shape[1], -1, keys.shape[3])  # (sequences, kv_heads, heads a key, …)
-        with torch.autocast(query.device.type, enabled=False):  # as in `attend`
+        with torch.autocast(query.device.type, enabled=False):  # as in the function `attend`
             return F.scaled_dot_product_attention(sharing, keys, values, attn_mask=self.mask).reshape(query.shape)
 
     def keep(self, going: Tensor) -> None:

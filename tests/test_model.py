@@ -28,6 +28,7 @@ from model import (
     Settings,
     Training,
     UserError,
+    attend,
     batch_indices,
     count_steps,
     fill_rows,
@@ -764,7 +765,8 @@ def test_prompts_alone_can_be_packed():
 
 def test_a_batch_can_be_moved_after_its_mask_was_made(documents):
     batch = next(pack(documents, CPU))
-    assert len(batch.to(CPU).mask) == len(batch.mask) == len(batch.members)
+    for (size, mask), (moved_size, moved) in zip(batch.mask, batch.to(CPU).mask, strict=True):
+        assert size == moved_size and torch.equal(mask, moved)
 
 
 def allowed(at, seen):
@@ -804,12 +806,16 @@ def test_the_unused_end_of_a_row_is_a_document_of_its_own():
 
 @pytest.mark.parametrize("longest", [30, 310])
 def test_flex_attention_equals_attention_by_document(policy, documents, longest):
-    """The whole GPT under a block mask, of rows that no block divides, and with a mask for each document."""
+    """Bare attention on random queries, and the whole GPT: under a block mask, of rows that no block divides, and with
+    a mask for each document."""
     several = [*documents, (torch.arange(longest) % 97, torch.arange(5))]
     (batch,) = pack(several, CPU)
     rule, length = visibility(batch.document, batch.branch), batch.tokens.shape[1]
     block_mask = create_block_mask(rule, 1, None, length, length, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(1, heads, length, 8, generator=generator) for heads in (4, 2, 2)]
     with torch.no_grad():
+        close(attend(*parts, block_mask), attend(*parts, batch.mask))
         expected = policy(batch.tokens, batch.positions, batch.mask)
         close(policy(batch.tokens, batch.positions, block_mask), expected)
         rows = lay_out(several, fill_rows([1] * len(several), batch.members.tolist(), CPU, least=3), CPU)

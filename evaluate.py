@@ -637,7 +637,7 @@ STUDY = {
 }  # fmt: skip
 PPO_ROWS = "PPO from SFT, hard", "MPO, reference SFT", "MPO", "PPO from SFT, KL price 0.05", "MPO, KL price 0.05"
 NOISE = 0.0, 0.15, 0.25, 0.4  # shares of wrong labels
-NOISE_ROWS = "SFT", "DPO on all", "DPO on easy", "PPO from SFT, all", "MPO"
+NOISE_ROWS = "SFT", "DPO on all", "DPO on easy", "PPO from SFT, all", "MPO", "MPO, random split"
 # Seconds of each script, whatever its flags, on one core of a server EPYC: the first guess of how long a study takes.
 SECONDS = {"model.py": 55, "reward.py": 65, "split.py": 20, "dpo.py": 55, "ppo.py": 110, "evaluate.py": 45}
 STUDY_COLUMNS = {  # column: (key, format)

@@ -52,7 +52,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils._pytree import tree_map_only
@@ -270,19 +270,6 @@ def shard(model: nn.Module, blocks: nn.ModuleList, device: torch.device) -> nn.M
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
     return model
-
-
-@contextlib.contextmanager
-def gathered(model: nn.Module):
-    """Keeps a sharded model's weights whole, for generation, in which each process takes steps of its own."""
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for part in parts:
-        part.unshard()
-        part.set_reshard_after_forward(False, recurse=False)
-    yield
-    for part in parts:
-        part.reshard()
-        part.set_reshard_after_forward(True, recurse=False)
 
 
 def whole_state(part) -> dict:
@@ -942,32 +929,17 @@ class Product(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias whose products are `product`; of its `reordered` weight, where it has one."""
-
-    reordered = None
+    """A linear layer without bias whose products are `product`; its weight may be `reordered`."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.reordered is not None:
-            return product(x.to(self.reordered.dtype), self.reordered)
+        if self.weight.is_mkldnn:
+            return product(x.to(self.weight.dtype), self.weight)
         if torch.is_autocast_enabled(x.device.type) or not suits_onednn(self.weight):  # bf16 is oneDNN's anyway
             return super().forward(x)
         return Product.apply(x, self.weight)
-
-
-@contextlib.contextmanager
-def reordered_weights(model: nn.Module, dtype: torch.dtype):
-    """The context in which all `Linear` layers use weights of `dtype`, reordered where oneDNN has use for that."""
-    layers = [module for module in model.modules() if isinstance(module, Linear)]
-    try:
-        for layer in layers:
-            layer.reordered = reordered(layer.weight.to(dtype))
-        yield
-    finally:
-        for layer in layers:
-            layer.reordered = None
 
 
 # ---- The GPT ----
@@ -1131,8 +1103,8 @@ class GPT(nn.Module):
             x = self.embedding(tokens)
             for index, block in enumerate(self.blocks):
                 wanted = places if index == len(self.blocks) - 1 else None
-                if caches:  # past compilation: a cache that grows would have the block compiled again
-                    x = block.forward(x, rotary, mask, wanted, caches, index)
+                if caches:
+                    x = block(x, rotary, mask, wanted, caches, index)
                 elif self.checkpointed and torch.is_grad_enabled():
                     x = checkpoint(block, x, rotary, mask, wanted, use_reentrant=False, preserve_rng_state=False)
                 else:
@@ -1331,13 +1303,29 @@ def generate(
     rank, size = processes()
     by_length = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))[rank::size]
     tokens = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long)
-    with gathered(model), reordered_weights(model, model.activations):  # made once, not anew at every token
-        for start in range(0, len(by_length), 256):  # prompts of like length together: less of the cache lies empty
-            indices = by_length[start : start + 256]
-            some = [prompts[index] for index in indices]
-            tokens[indices] = decode(model, some, noise[indices], end, temperature, watch)
+    model = whole_copy(model)
+    for start in range(0, len(by_length), 256):  # prompts of like length together: less of the cache lies empty
+        indices = by_length[start : start + 256]
+        some = [prompts[index] for index in indices]
+        tokens[indices] = decode(model, some, noise[indices], end, temperature, watch)
     ends = [(row == end).nonzero()[:1] for row in summed(tokens)]
     return [row[: place + 1] if len(place) else row for row, place in zip(tokens, ends, strict=True)]
+
+
+def whole_copy(model: GPT) -> GPT:
+    """The model for generation. Its weights are whole, so that each process can take steps of its own; those of matrix
+    products have the products' dtype already, and are reordered where oneDNN has use for that. Nothing is compiled: a
+    cache that grows would have it compiled again. The rest shares its memory with the model."""
+    products = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
+    weights = {}
+    for name, parameter in model.named_parameters():
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+        weights[name] = reordered(whole.to(model.activations)) if name in products else whole
+    with torch.device("meta"):
+        copy = GPT(model.config).requires_grad_(False)
+    copy.load_state_dict(weights, assign=True)
+    copy.activations = model.activations
+    return copy
 
 
 def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperature: float, watch=None) -> Tensor:

@@ -42,7 +42,7 @@ from model import (
     read_file_rows,
     read_hub_rows,
     read_pairs,
-    reordered_weights,
+    reordered,
     row_problem,
     sample,
     save_model,
@@ -53,6 +53,7 @@ from model import (
     toy_rows,
     train_tokenizer,
     visibility,
+    whole_copy,
 )
 
 CPU = torch.device("cpu")
@@ -1030,10 +1031,11 @@ def test_products_and_their_gradients_equal_float64(shape):
 def test_products_with_reordered_weights_equal_those_without(dtype, tolerance):
     layer, x = Linear(300, 260), torch.randn(9, 300, generator=torch.Generator().manual_seed(0))
     exact = x.double() @ layer.weight.double().T
-    with reordered_weights(layer, dtype), torch.no_grad():
-        assert layer.reordered.is_mkldnn == suits_onednn(layer.weight.to(dtype))
+    layer.weight = torch.nn.Parameter(reordered(layer.weight.to(dtype)), requires_grad=False)
+    assert layer.weight.is_mkldnn == suits_onednn(torch.empty(260, 300, dtype=dtype))
+    with torch.no_grad():
         result = layer(x)
-    assert result.dtype == dtype and layer.reordered is None
+    assert result.dtype == dtype
     assert (result - exact).norm() < tolerance * exact.norm()
 
 
@@ -1096,21 +1098,28 @@ def test_generation_equals_the_sampler_without_a_cache(temperature, seed):
 
 @with_onednn
 def test_generation_with_reordered_weights_equals_the_sampler_without_a_cache():
-    """Also after the weights have changed, and after Ctrl-C in the middle: nothing reordered is left behind."""
+    """Also after the weights have changed."""
     policy, prompts = wide_policy(), some_prompts(6)
-
-    def interrupt(tokens):
-        assert policy.blocks[0].gate.reordered.is_mkldnn and suits_onednn(policy.vocabulary_weight)
-        raise KeyboardInterrupt
-
+    assert whole_copy(policy).blocks[0].gate.weight.is_mkldnn and suits_onednn(policy.vocabulary_weight)
     for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            generate(policy, prompts, END, 12, watch=interrupt)
-        assert policy.blocks[0].gate.reordered is None
         result = [response.tolist() for response in generate(policy, prompts, END, 12)]
         assert result == plain_generate(policy, prompts, END, 12, 1.0, 0)
         with torch.no_grad():
             policy.blocks[0].gate.weight.neg_()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_copy_for_generation_shares_what_it_can_and_needs_no_gradient(dtype):
+    """Small weights stay where they are in fp32; in bf16 the products' are cast, and only those."""
+    policy = small_policy()
+    policy.activations = dtype
+    copy = whole_copy(policy)
+    assert copy.activations == dtype and copy.config == policy.config
+    for (name, ours), theirs in zip(copy.named_parameters(), policy.parameters(), strict=True):
+        cast = dtype if ours.dim() == 2 and not name.startswith(("embedding", "head")) else torch.float32
+        assert ours.dtype == cast and not ours.requires_grad, name
+        assert (ours.data_ptr() == theirs.data_ptr()) == (cast == torch.float32), name
+        torch.testing.assert_close(ours, theirs.to(cast), rtol=0, atol=0)
 
 
 def test_sequences_that_end_early_leave_and_the_others_go_on_as_they_would():
@@ -1127,9 +1136,14 @@ def test_sequences_that_end_early_leave_and_the_others_go_on_as_they_would():
     assert responses == plain_generate(policy, prompts, END, 30, 1.0, 7)
 
 
-def test_no_time_is_spent_on_sequences_that_ended_eight_steps_ago():
+def test_no_time_is_spent_on_sequences_that_ended_eight_steps_ago(monkeypatch):
     policy, prompts, sizes = small_policy(), some_prompts(20), []
-    policy.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+
+    def counted(self, tokens, *others, forward=GPT.forward, **more):
+        sizes.append(len(tokens))
+        return forward(self, tokens, *others, **more)
+
+    monkeypatch.setattr(GPT, "forward", counted)
     lengths = [len(response) for response in generate(policy, prompts, END, 30, 1.0, 7)]
     for step, size in enumerate(sizes[1:], 1):  # the first forward is that of the packed prompts
         assert size <= sum(length > step - 8 for length in lengths)

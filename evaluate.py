@@ -1003,7 +1003,7 @@ def draw_noise(path: Path, noise: dict[float, Numbers]) -> Path:
             percent = [100 * wrong for wrong in noise]
             axis.errorbar(percent, means, errors, color=colour, marker="o", capsize=3, label=row)
         axis.set(xlabel="wrong labels, %", ylabel="gold reward, mean ± standard error", title="What wrong labels cost")
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=8, ncols=2, loc="lower left")
     return path
 
 

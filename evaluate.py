@@ -1041,7 +1041,7 @@ def main() -> None:
     # 2. Answers of each policy, and of SFT to compare them with.
     prompts = [pairs[index][0] for index in range(len(pairs))]
     for name in settings.policies:  # every file is checked before any work
-        load_model(settings, name, GPT)
+        load_model(settings, name, GPT, prepare=False)
     answers = {}
     for name in tqdm(settings.policies, desc="answering", unit="policy"):
         policy, _ = load_model(settings, name, GPT)

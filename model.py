@@ -201,7 +201,7 @@ def run_command(main) -> None:
     """Runs a stage's `main`; a user's mistake becomes one line on stderr and exit code 2. Of the processes that
     torchrun starts, the first one speaks for all."""
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
-        if torch.cuda.is_available():
+        if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():  # else choose_device has a say
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(dist.destroy_process_group)
@@ -1517,6 +1517,8 @@ def choose_device(settings: CommonSettings) -> torch.device:
     name = settings.device if settings.device != "auto" else next(name for name in available if available[name])
     if not available[name]:
         raise UserError(f"--device {name}: there is none on this machine")
+    if name == "cuda" and "LOCAL_RANK" in os.environ and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+        raise UserError("--device cuda: torchrun started more processes than there are GPUs; lower --nproc-per-node")
     return torch.device(name)
 
 
@@ -1530,7 +1532,7 @@ def prepare_model(model: nn.Module, settings: CommonSettings) -> nn.Module:
     gpt = model if isinstance(model, GPT) else model.trunk
     units = torch.cpu.get_capabilities()
     faster = {
-        "cuda": device.type == "cuda" and torch.cuda.is_bf16_supported(),
+        "cuda": device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
         "cpu": (units.get("amx_bf16") or units.get("avx512_bf16")) and gpt.config.dim >= 256,
         "mps": False,
     }

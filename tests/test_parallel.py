@@ -125,3 +125,14 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step_and_they_go_on(o
         assert all(torch.equal(whole[key], stopped[key]) for key in whole)
         assert [json.loads(line)["step"] for line in (out / "stopped.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
         assert not (out / "stopped.state.pt").exists()
+
+
+def test_a_process_without_a_gpu_of_its_own_is_told_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert model.choose_device(model.Settings()) == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert model.choose_device(model.Settings(device="cpu")) == torch.device("cpu")
+    with pytest.raises(model.UserError, match="lower --nproc-per-node"):
+        model.choose_device(model.Settings())

@@ -1046,6 +1046,7 @@ def main() -> None:
     for name in tqdm(settings.policies, desc="answering", unit="policy"):
         policy, _ = load_model(settings, name, GPT)
         answers[name.removesuffix(".pt")] = answer(settings, prompts, tokenizer, pairs.source, policy, sft, reward)
+        del policy  # before the next one takes its place on the device
     sft_answers = answers.get(settings.sft.removesuffix(".pt")) or answer(
         settings, prompts, tokenizer, pairs.source, sft, sft, reward
     )

@@ -20,6 +20,7 @@ import atexit
 import contextlib
 import dataclasses
 import functools
+import gc
 import gzip
 import hashlib
 import heapq
@@ -994,7 +995,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: "list[tuple[int, Ten
     """Attention within packed rows; mask: Packed.mask. query, result: [rows, heads, length, head_dim]; key, value: with
     kv_heads instead of heads."""
     if isinstance(mask, BlockMask):
-        flex = compiled_function(flex_attention) if query.is_cuda else flex_attention
+        within = not query.is_cuda or torch.compiler.is_compiling()  # a compiled block's graph takes it in as it is
+        flex = flex_attention if within else compiled_function(flex_attention)
         return flex(query, key, value, block_mask=mask, enable_gqa=True)
     sizes, masks = zip(*mask, strict=True)
     documents = zip(*(part.split(sizes, 2) for part in (query, key, value)), masks, strict=True)
@@ -1212,10 +1214,13 @@ def gradient_tile(hidden: Tensor, matrix: Tensor, logsumexp: Tensor, grad: Tenso
     return logits.sub_(logsumexp[:, None]).exp_().mul_(-grad[:, None]).to(matrix.dtype)
 
 
+VARIANTS = 32  # of one compiled function: with and without gradients, in bf16 or not, of one row or several, …
+
+
 @functools.cache
 def compiled_function(function):
     """torch.compile of `function`, once a process; `dynamic`, since batches and last chunks differ in size."""
-    return torch.compile(function, dynamic=True)
+    return torch.compile(function, dynamic=True, recompile_limit=VARIANTS)
 
 
 # ---- Generation ----
@@ -1530,6 +1535,8 @@ def prepare_model(model: nn.Module, settings: CommonSettings) -> nn.Module:
     """
     device = choose_device(settings)
     gpt = model if isinstance(model, GPT) else model.trunk
+    if device.type == "cuda" and (size := gpt.config.dim // gpt.config.heads) < 16:
+        raise UserError(f"--device cuda: the model's heads are {size} wide, FlexAttention needs 16; try --device cpu")
     units = torch.cpu.get_capabilities()
     faster = {
         "cuda": device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
@@ -1541,8 +1548,9 @@ def prepare_model(model: nn.Module, settings: CommonSettings) -> nn.Module:
     gpt.checkpointed = isinstance(settings, TrainingSettings) and settings.grad_checkpoint
     gpt.compiled = device.type == "cuda" if settings.compile is None else settings.compile
     if gpt.compiled and device.type == "cuda":  # elsewhere a block's graph would depend on the documents' lengths
+        gc.collect()  # compiled blocks hold on to themselves: this frees those of models that nothing uses any more
         for block in gpt.blocks:
-            block.compile(dynamic=True)
+            block.compile(dynamic=True, recompile_limit=VARIANTS)
     return shard(model, gpt.blocks, device) if dist.is_initialized() else model.to(device)
 
 

@@ -1,10 +1,12 @@
 """Chapter 1: tokenizer, toy world, pairs, packing, GPT, log-prob kernel, generation, files and the training loop."""
 
+import gc
 import gzip
 import json
 import math
 import os
 import random
+import weakref
 from collections import Counter
 from itertools import pairwise
 
@@ -1217,6 +1219,42 @@ def test_temperature_zero_takes_the_most_likely_token():
 
 
 # ---- Checkpoints and files ----
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """For what can be tested of the GPU's path without one: what is decided before a tensor goes there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(nn.Module, "to", lambda module, device: module)
+
+
+def test_on_a_gpu_blocks_are_compiled_and_multiply_in_bf16(pretended_gpu):
+    policy = model.prepare_model(GPT(WIDE), model.Settings())
+    assert policy.compiled and policy.activations == torch.bfloat16
+    assert all(block._compiled_call_impl is not None for block in policy.blocks)
+    policy = model.prepare_model(GPT(WIDE), model.Settings(compile=False, dtype="fp32"))
+    assert not policy.compiled and policy.activations == torch.float32
+    assert all(block._compiled_call_impl is None for block in policy.blocks)
+
+
+def test_heads_too_narrow_for_the_gpus_attention_are_a_user_error(pretended_gpu):
+    with pytest.raises(UserError, match=r"--device cuda: .* 8 wide, .* try --device cpu"):
+        model.prepare_model(GPT(SMALL), model.Settings())
+    model.prepare_model(GPT(SMALL), model.Settings(device="cpu"))
+
+
+def test_a_compiled_model_that_nothing_uses_leaves_before_the_next_goes_to_the_gpu(pretended_gpu):
+    gc.disable()
+    try:
+        policy = model.prepare_model(GPT(WIDE), model.Settings())
+        weight = weakref.ref(policy.blocks[0].gate.weight)
+        del policy
+        model.prepare_model(GPT(WIDE), model.Settings())
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -32,6 +32,7 @@ from model import (
     Share,
     Training,
     TrainingSettings,
+    UserError,
     batch_indices,
     choose_device,
     count_steps,
@@ -58,6 +59,11 @@ class Settings(TrainingSettings):
     beta: Positive = 0.1  # β: how closely the policy is held to the reference
     loss: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO's loss, or IPO's
     label_smoothing: Share = 0.0  # share of labels taken to be wrong (conservative DPO); not for ipo
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.loss == "ipo" and self.label_smoothing:
+            raise UserError("--label-smoothing: IPO's loss has none; leave it out, or take --loss sigmoid")
 
 
 def dpo_loss(
@@ -96,8 +102,8 @@ def main() -> None:
     per_token = settings.loss == "ipo"
 
     # 2. The reference's log-probs of the pairs to come, while the policy still is the reference; in the batches of the
-    # first pass, so that the first loss is ln 2 to the last digit, whatever the precision. The last of these batches
-    # may run over into a second pass, and comes first so that it has no last word.
+    # first pass, so that the first loss is ln 2 to the last digit, whatever the precision. The last batch may borrow
+    # pairs of the next pass; it goes first, so that these pairs' own batches overwrite what it wrote.
     reference = torch.zeros(len(pairs), 2, device=device)
     steps = min(count_steps(settings, len(pairs)), math.ceil(len(pairs) / settings.batch_size))
     with torch.no_grad():
@@ -137,7 +143,7 @@ def main() -> None:
         training.log(shown, "pairs", len(documents), int(lengths.sum()), **metrics, grad_norm=grad_norm)
 
     # 4. Save.
-    training.finish(policy, tokenizer, "python ppo.py")
+    training.finish(policy, tokenizer, "python ppo.py", "--init")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ class Settings(CommonSettings):
     save: str = "evaluation.json"  # file for the numbers
     prompts: Count = 512  # distinct prompts answered, at most
     samples: Whole = 4  # prompts shown with all answers
-    temperature: Number = 1.0  # of sampling
+    temperature: Number = 1.0  # of sampling; only at 1 is the column KL a KL
     max_new_tokens: Count = ByModel(scratch=96, pretrained=256)  # longest answer
     figure: bool = False  # also draw figures into --out, with --study into its folder study (needs matplotlib)
     prompt: MaybeText | None = None  # only answer this; without a text, answer what is typed until end of input

@@ -584,7 +584,7 @@ def read_rows(settings: "Settings") -> Iterator[tuple[str, dict]]:
 
 def read_hub_rows(source: str) -> Iterator[tuple[str, dict]]:
     """Rows of Anthropic/hh-rlhf ("hh", or a part of it, such as "hh:helpful-base") or of the comparisons of
-    openai/summarize_from_feedback ("tldr"). The library keeps them on disk: memory holds one at a time."""
+    openai/summarize_from_feedback ("tldr"), shuffled. The library keeps them on disk: memory holds one at a time."""
     import datasets
 
     repository, where = "Anthropic/hh-rlhf", {"data_dir": source.partition(":")[2] or None}
@@ -598,8 +598,9 @@ def read_hub_rows(source: str) -> Iterator[tuple[str, dict]]:
             f"--data {source}: cannot load {repository} ({first_line(error)}); check the name and the network, "
             "or download its files elsewhere and name their folder"
         ) from error
-    for number, row in enumerate(rows, 1):
-        yield f"{repository} row {number}", row
+    # hh holds its parts one behind the other; in this order, whoever takes the first rows has some of each.
+    for number in random.Random(0).sample(range(len(rows)), len(rows)):
+        yield f"{repository} row {number + 1}", rows[number]
 
 
 def read_file_rows(path: Path) -> Iterator[tuple[str, dict]]:
@@ -1301,9 +1302,7 @@ def generate(
     prompt, its place in the list, max_new_tokens and the seed, not on what it is batched with. `watch` is called at
     each step with the new tokens. Raises UserError if prompt and response could outgrow the model's context.
     """
-    room = model.config.context - max(map(len, prompts))
-    if max_new_tokens > room:
-        raise UserError(f"--max-new-tokens {max_new_tokens}: the longest prompt leaves room for {room} in the context")
+    require_room(model.config, prompts, max_new_tokens)
     noise = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
     rank, size = processes()
     by_length = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))[rank::size]
@@ -1315,6 +1314,13 @@ def generate(
         tokens[indices] = decode(model, some, noise[indices], end, temperature, watch)
     ends = [(row == end).nonzero()[:1] for row in summed(tokens)]
     return [row[: place + 1] if len(place) else row for row, place in zip(tokens, ends, strict=True)]
+
+
+def require_room(config: Config, prompts: Iterable[Tensor], max_new_tokens: int) -> None:
+    """Raises UserError if a prompt and its answer could outgrow the model's context."""
+    room = config.context - max(map(len, prompts))
+    if max_new_tokens > room:
+        raise UserError(f"--max-new-tokens {max_new_tokens}: the longest prompt leaves room for {room} in the context")
 
 
 def whole_copy(model: GPT) -> GPT:
@@ -2027,20 +2033,22 @@ class Training:
                 raise UserError(f"{self.settings.log_path}: cannot be written ({error})") from error
         self.bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown}, refresh=False)
 
-    def finish(self, model: nn.Module, tokenizer: Tokenizer, next_command: str) -> None:
+    def finish(self, model: nn.Module, tokenizer: Tokenizer, next_command: str, flag: str) -> None:
         """Saves the trained model, drops the resume state, and says which command comes next."""
         save_model(self.settings, model, tokenizer)
         if processes()[0] == 0:
             for path in (self.settings.state_path, beside(self.settings.state_path)):
                 path.unlink(missing_ok=True)
-        say_next(self.settings, [self.settings.save], next_command)
+        say_next(self.settings, ["save"], next_command, flag)
 
 
-def say_next(settings: CommonSettings, written: list[str], command: str) -> None:
-    """The last line of every stage: what was written, and what to run next."""
-    paths = ", ".join(str(Path(settings.out) / name) for name in written)
+def say_next(settings: CommonSettings, fields: list[str], command: str, flag: str) -> None:
+    """The last line of every stage: what was written, to the names in these fields of the settings, and what to run
+    next. Its `flag` takes the first of them, and is named if that is not the default."""
+    names = [getattr(settings, field) for field in fields]
+    given = "" if names[0] == getattr(type(settings), fields[0]) else f" {flag} {names[0]}"
     out = "" if settings.out == "out" else f" --out {settings.out}"
-    print(f"wrote {paths}; next: {command}{out}")
+    print(f"wrote {', '.join(str(Path(settings.out) / name) for name in names)}; next: {command}{given}{out}")
 
 
 # ---- Supervised fine-tuning ----
@@ -2058,7 +2066,7 @@ class Settings(TrainingSettings):
     save: str = "sft.pt"  # checkpoint to write
     limit: Count | None = None  # rows to read at most; default: all (toy, which has no end: 10000)
     wrong_labels: Share | None = None  # toy: share of labels that are wrong; default: Bradley-Terry decides
-    test_share: Share | None = None  # share of the prompts held back in test.pt; default: 0.1 (toy: 0.2)
+    test_share: Share | None = None  # share of the prompts, drawn by --seed, held back; default: 0.1 (toy: 0.2)
     epochs: Number = ByModel(scratch=1.5, pretrained=1.0)  # passes over the training pairs
     batch_size: Count = ByModel(scratch=32, pretrained=64)  # pairs per optimiser step
     lr: Number = ByModel(scratch=2e-3, pretrained=2e-5)  # peak learning rate
@@ -2175,7 +2183,7 @@ def main() -> None:
         sums = [policy.logprobs(batch)[0].sum() for batch in pack(sft_documents(test, range(len(test))), device)]
     loss = -summed(sum(sums)).item() / test.lengths[:, 1].sum().item()
     print(f"test loss {loss:.3f} nats a token (perplexity {math.exp(loss):.2f})")
-    training.finish(policy, pairs.tokenizer, "python reward.py")
+    training.finish(policy, pairs.tokenizer, "python reward.py", "--init")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from model import (
     mixed_seed,
     pack,
     parse_settings,
+    require_room,
     run_command,
     settle,
     summed,
@@ -144,7 +145,7 @@ def roll_out(
     reference: GPT, reward: RewardModel, critic: RewardModel,
 ) -> Rollout:  # fmt: skip
     """Answers the prompts and scores the answers. Log-probs come from the packed forward of the updates, in the first
-    pass's `minibatches` (numbers of prompts), so that the first ratio is 1 to the last digit, whatever the precision;
+    pass's `minibatches` (indices of prompts), so that the first ratio is 1 to the last digit, whatever the precision;
     not from generation, whose arithmetic differs."""
     device = policy.embedding.weight.device
     responses = generate(policy, prompts, end, settings.max_new_tokens, settings.temperature, seed)
@@ -234,6 +235,7 @@ def main() -> None:
     reward, _ = load_model(settings, settings.reward, RewardModel)
     critic, _ = load_model(settings, settings.reward, RewardModel)
     settle(settings, policy.config.pretrained)
+    require_room(policy.config, (pairs[index][0] for index in range(len(pairs))), settings.max_new_tokens)
 
     # 2. One optimiser for policy and critic: they share no weights, only the clipped gradient norm.
     parameters = [*policy.parameters(), *critic.parameters()]
@@ -264,7 +266,7 @@ def main() -> None:
         training.log(shown, "episodes", len(prompts), int(rollout.lengths.sum()), **metrics, grad_norm=grad_norm)
 
     # 5. Save.
-    training.finish(policy, tokenizer, "python evaluate.py")
+    training.finish(policy, tokenizer, "python evaluate.py", "--policies sft.pt")
 
 
 if __name__ == "__main__":

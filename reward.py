@@ -171,7 +171,7 @@ def main() -> None:
 
     # 4. Report on held-back pairs, and save.
     report(score_pairs(model, test, device), test.gold)
-    training.finish(model, tokenizer, "python split.py")
+    training.finish(model, tokenizer, "python split.py", "--init")
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def main() -> None:
         part = pairs.select(which.nonzero()[:, 0])
         print(describe(name, part))
         part.save(settings, getattr(settings, name))
-    say_next(settings, [settings.easy, settings.hard], "python dpo.py")
+    say_next(settings, ["easy", "hard"], "python dpo.py", "--data")
 
 
 if __name__ == "__main__":

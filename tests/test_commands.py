@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import model
+import ppo
 from model import GPT, CommonSettings, generate, load_model
 
 REPOSITORY = Path(model.__file__).parent
@@ -213,6 +214,21 @@ def test_a_log_stays_json_when_the_only_answer_is_one_token(out):
     assert [record["length"] for record in log_of(out / "ppo.jsonl")] == [1, 1]
 
 
+@pytest.mark.parametrize(
+    "command, flags, following",
+    [
+        ("reward", ["--save", "mine.pt"], "python split.py --init mine.pt"),
+        ("split", ["--easy", "mine.pt"], "python dpo.py --data mine.pt"),
+        ("dpo", ["--save", "mine.pt"], "python ppo.py --init mine.pt"),
+        ("ppo", ["--save", "mine.pt"], "python evaluate.py --policies sft.pt mine.pt"),
+        ("split", ["--hard", "mine.pt"], "python dpo.py"),
+    ],
+)
+def test_the_command_that_comes_next_reads_what_was_written(out, command, flags, following):
+    last = train(command, out, *flags).out.splitlines()[-1]
+    assert "mine.pt" in last.split("; next: ")[0] and last.endswith(f"; next: {following} --out {out}")
+
+
 def test_a_command_typed_in_the_checkout_works_and_writes_only_to_out(toy, tmp_path):
     for source in REPOSITORY.glob("*.py"):
         shutil.copy(source, tmp_path)
@@ -222,7 +238,7 @@ def test_a_command_typed_in_the_checkout_works_and_writes_only_to_out(toy, tmp_p
     process = shell("dpo", *flags, cwd=tmp_path)
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert printed.splitlines()[-1] == "wrote mine/typed.pt; next: python ppo.py --out mine"
+    assert printed.splitlines()[-1] == "wrote mine/typed.pt; next: python ppo.py --init typed.pt --out mine"
     after = contents(tmp_path)
     assert {path.relative_to(tmp_path).as_posix() for path in after.keys() - before.keys()} == {
         "mine/typed.pt",
@@ -691,6 +707,7 @@ def test_a_part_without_pairs_is_refused_by_the_next_command(out):
         ("dpo", "--lr -1"),
         ("dpo", "--beta 0"),
         ("dpo", "--label-smoothing 2"),
+        ("dpo", "--loss ipo --label-smoothing 0.1"),
         ("dpo", "--steps -1"),
         ("dpo", "--batch-size 0"),
         ("dpo", "--epochs -1"),
@@ -723,6 +740,13 @@ def test_a_wrong_flag_is_named(out, command, flags):
     if flags.startswith("--test-share") and "2" not in flags:
         named = ["--data", "--test-share"]  # either says what is the matter: a part is empty
     assert any(flag in line for flag in named)
+
+
+def test_ppo_refuses_answers_that_outgrow_the_context_before_it_generates_any(out, monkeypatch):
+    pairs = model.load_pairs(CommonSettings(out=str(out)), "hard.pt")
+    room = 512 - int(pairs.lengths[:, 0].max())
+    monkeypatch.setattr(ppo, "generate", None)
+    assert f"leaves room for {room} in" in complaint("ppo", out, "--max-new-tokens", room + 1)
 
 
 @pytest.mark.parametrize("command", ["model", "dpo"])

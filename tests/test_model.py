@@ -480,9 +480,22 @@ def test_hh_rows_and_its_parts(source, texts, hub, tmp_path):
                 file.write(json.dumps(hh_row(text)) + "\n")
     rows = list(read_hub_rows(source))
     assert hub == [("Anthropic/hh-rlhf", None)]
-    assert [where for where, _ in rows] == [f"Anthropic/hh-rlhf row {number}" for number in range(1, len(rows) + 1)]
+    assert sorted(where for where, _ in rows) == [f"Anthropic/hh-rlhf row {n}" for n in range(1, len(rows) + 1)]
     prompts = [f"\n\nHuman: {text}\n\nAssistant:" for text in texts]
     assert sorted(split_row(*row) for row in rows) == [(prompt, prompt, " b", " c") for prompt in prompts]
+
+
+def test_the_first_rows_of_hh_hold_some_of_each_part_and_know_their_numbers(hub, tmp_path):
+    for part in ("x", "y"):
+        folder = tmp_path / "Anthropic/hh-rlhf" / f"part-{part}"
+        folder.mkdir(parents=True)
+        (folder / "train.jsonl").write_text("".join(json.dumps(hh_row(f"{part}{n}")) + "\n" for n in range(50)))
+    texts = [f"{part}{n}" for part in ("x", "y") for n in range(50)]
+    rows = [(int(where.split()[-1]), row) for where, row in read_hub_rows("hh")]
+    assert sorted(number for number, _ in rows) == list(range(1, 101))
+    assert all(row == hh_row(texts[number - 1]) for number, row in rows)
+    assert 5 <= sum(number <= 50 for number, _ in rows[:20]) <= 15
+    assert rows == [(int(where.split()[-1]), row) for where, row in read_hub_rows("hh")]
 
 
 def comparison(choice, post="I did it."):
@@ -498,7 +511,8 @@ def test_tldr_rows_become_prompt_chosen_and_rejected(hub, tmp_path):
     for split, rows in (("train", [comparison(0), comparison(1)]), ("validation", [comparison(0)])):
         (folder / split).mkdir(parents=True)
         datasets.Dataset.from_list(rows).to_parquet(folder / split / "0000.parquet")
-    first, second = (split_row(*row) for row in read_hub_rows("tldr"))
+    rows = sorted(read_hub_rows("tldr"), key=lambda row: row[0])
+    first, second = (split_row(*row) for row in rows)
     prompt = "SUBREDDIT: r/tifu\n\nTITLE: So\n\nPOST: I did it.\n\nTL;DR:"
     assert hub == [("openai/summarize_from_feedback", "refs/convert/parquet")]
     assert first == (prompt, prompt, " first", " second")

@@ -22,28 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from model import (
-    GPT,
-    ByModel,
-    Count,
-    Number,
-    Packed,
-    Positive,
-    Share,
-    Training,
-    TrainingSettings,
-    UserError,
-    batch_indices,
-    choose_device,
-    count_steps,
-    load_model,
-    load_pairs,
-    pack,
-    parse_settings,
-    run_command,
-    settle,
-    summed,
-)
+from model import (  # isort: skip
+    GPT, ByModel, Count, Number, Packed, Positive, Share, Training, TrainingSettings, UserError, batch_indices,
+    choose_device, count_steps, load_model, load_pairs, pack, parse_settings, run_command, settle, summed,
+)  # fmt: skip
 
 
 @dataclass

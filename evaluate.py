@@ -56,39 +56,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model import (
-    GPT,
-    TOY_BEST_REWARD,
-    TURN,
-    ByModel,
-    CommonSettings,
-    Count,
-    MaybeText,
-    Number,
-    Pairs,
-    Tokenizer,
-    UserError,
-    Whole,
-    choose_device,
-    fingerprint,
-    generate,
-    gold_reward,
-    load_model,
-    load_pairs,
-    mixed_seed,
-    number,
-    pack,
-    parse_settings,
-    processes,
-    reading,
-    run_command,
-    settle,
-    summed,
-    whole_lines,
-    write_text,
-    write_whole,
-)
-from reward import RewardModel, calibration, score_pairs, wilson_interval
+from model import (  # isort: skip
+    GPT, TOY_BEST_REWARD, TURN, ByModel, CommonSettings, Count, MaybeText, Number, Pairs, Tokenizer, UserError,
+    Whole, choose_device, fingerprint, generate, gold_reward, load_model, load_pairs, mixed_seed, number, optional,
+    pack, parse_settings, processes, read_log, reading, run_command, settle, summed, write_text, write_whole,
+)  # fmt: skip
+from reward import RewardModel, calibration, score_pairs, wilson_interval, wins
 
 TITLES = {"sft": "SFT", "dpo": "DPO", "ppo": "MPO"}  # what the default checkpoints are called in the table
 POLICIES = [f"{name}.pt" for name in TITLES]
@@ -122,7 +95,7 @@ class Settings(CommonSettings):
 
     def __post_init__(self):
         if self.figure:
-            require_matplotlib()
+            optional("matplotlib.figure", "--figure")
         usual, of_study = vars(Settings) | {"policies": POLICIES}, {"seeds", "noise_seeds", "parallel"}
         for name in Settings.__annotations__.keys() - {"study", "figure"}:
             if (name in of_study) != self.study and getattr(self, name) != usual[name]:
@@ -189,11 +162,6 @@ def answer(
     return Answers(texts, gold, rewards, kl, length, ended)
 
 
-def wins(ours: Tensor, theirs: Tensor) -> Tensor:
-    """1 for each win, 0.5 for each tie, 0 for each loss. [n], [n] → [n]."""
-    return (ours > theirs).float() + 0.5 * (ours == theirs).float()
-
-
 def mean_and_error(values: Tensor) -> tuple[float, float]:
     """Mean of values [n] and its standard error, s / √n."""
     error = values.std() / len(values) ** 0.5 if len(values) > 1 else torch.tensor(0.0)
@@ -218,15 +186,9 @@ def bootstrap_interval(values: Tensor) -> tuple[float, float]:
 def summarise(answers: Answers, sft: Answers, chosen: Tensor) -> dict[str, float | None]:
     """The numbers of evaluation.json for one policy: means over prompts, each with its standard error (…_se) and 95%
     interval (…_low, …_high); `chosen`: what judges the test set's chosen responses, [n]."""
-    columns = {
-        "gold_reward": answers.gold,
-        "reward": answers.reward,
-        "win_rate_vs_chosen": wins(answers.judged, chosen),
-        "win_rate_vs_sft": wins(answers.judged, sft.judged),
-        "kl": answers.kl,
-        "length": answers.length,
-        "ended": answers.ended,
-    }
+    columns = {"gold_reward": answers.gold, "reward": answers.reward,
+               "win_rate_vs_chosen": wins(answers.judged, chosen), "win_rate_vs_sft": wins(answers.judged, sft.judged),
+               "kl": answers.kl, "length": answers.length, "ended": answers.ended}  # fmt: skip
     summary = {}
     for name, values in columns.items():
         numbers = (None,) * 4 if values is None else (*mean_and_error(values), *bootstrap_interval(values))
@@ -309,9 +271,8 @@ def answer_prompt(settings: Settings, text: str) -> None:
         policy, tokenizer = load_model(settings, name, GPT)
         settle(settings, policy.config.pretrained)
         prompt = as_prompt(text, tokenizer)
-        (response,) = generate(
-            policy, [prompt], tokenizer.end, settings.max_new_tokens, settings.temperature, settings.seed
-        )
+        seed = mixed_seed(settings.seed, 0)
+        (response,) = generate(policy, [prompt], tokenizer.end, settings.max_new_tokens, settings.temperature, seed)
         title = TITLES.get(name.removesuffix(".pt"), name.removesuffix(".pt"))
         answer = tokenizer.decode(response.tolist()).strip() or "(nothing)"
         print(textwrap.fill(answer, 118, initial_indent=f"{title:12s} ", subsequent_indent=" " * 13))
@@ -691,7 +652,7 @@ class Run:
 
     def start(self, settings: Settings, threads: int) -> None:
         """Starts the first missing command, where it was stopped if it was. In a session of its own: a terminal's
-        Ctrl-C does not reach it, so that `stop` can send one, and one only, which makes a stage save its state."""
+        Ctrl-C does not reach it, so that work_through can send one, and one only: a stage then saves its state."""
         script, *flags = self.missing[0].split()
         flags += [f"--out={self.folder}", f"--seed={self.seed}"]
         flags += [f"--device={settings.device}", f"--dtype={settings.dtype}"]
@@ -707,10 +668,6 @@ class Run:
             self.child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                                           env=environment, start_new_session=True)  # fmt: skip
         self.began = time.perf_counter()
-
-    def stop(self) -> None:
-        """Lets the command under way end, a training stage with its state saved."""
-        self.child.send_signal(signal.SIGINT)
 
     def finish(self) -> str:
         """Waits for the command under way, notes its end and its seconds, and returns it. Raises UserError if it
@@ -771,15 +728,10 @@ def work_through(settings: Settings, runs: list[Run]) -> None:
                     waiting[:0] = [run] if run.missing else []
         finally:
             for run in running:
-                run.stop()
+                run.child.send_signal(signal.SIGINT)
             for run in running:
                 with contextlib.suppress(UserError):
                     run.finish()
-
-
-def read_log(path: Path) -> list[dict]:
-    """The log of a training stage, a dict per step; empty if there is none."""
-    return [json.loads(line) for line in whole_lines(path)] if path.exists() else []
 
 
 def cost(run: Run, commands: list[str]) -> dict[str, float]:
@@ -819,9 +771,8 @@ def noise_table(noise: dict[float, Numbers]) -> str:
     rows = [["wrong labels", *(f"{wrong:.0%}" for wrong in noise), f"{min(noise):.0%} less {max(noise):.0%}"]]
     for row in NOISE_ROWS:
         golds = [numbers[row]["gold_reward"] for numbers in noise.values()]
-        rows.append(
-            [row, *("{:.2f} ± {:.2f}".format(*mean_and_error(gold)) for gold in [*golds, golds[0] - golds[-1]])]
-        )
+        golds.append(golds[0] - golds[-1])
+        rows.append([row, *("{:.2f} ± {:.2f}".format(*mean_and_error(gold)) for gold in golds)])
     return aligned(rows)
 
 
@@ -862,9 +813,8 @@ def study(settings: Settings) -> None:
 
     # 3. The course of PPO, and wrong labels.
     logs = {row: [read_log(run.folder / f"{policy_of(row)}.jsonl") for run in main_runs] for row in PPO_ROWS}
-    print(
-        f"\nreward of the answers that PPO trains on, 128 a step: mean ± standard error over seeds\n{ppo_table(logs)}"
-    )
+    print("\nreward of the answers that PPO trains on, 128 a step: mean ± standard error over seeds")
+    print(ppo_table(logs))
     noise = {}
     if settings.noise_seeds:
         noise = {wrong: study_numbers([run for run in runs if run.wrong_labels == wrong]) for wrong in NOISE}
@@ -890,21 +840,12 @@ def study(settings: Settings) -> None:
 COLOURS = ["#7f7f7f", "#0072b2", "#56b4e9", "#d55e00", "#009e73", "#000000"]  # grey, and of Okabe and Ito
 
 
-def require_matplotlib():
-    """The package matplotlib, which is not in requirements.txt: only figures need it."""
-    try:
-        import matplotlib.figure
-    except ImportError as error:
-        raise UserError("--figure needs one more package: pip install matplotlib") from error
-    return matplotlib
-
-
 @contextlib.contextmanager
 def drawing(path: Path, panels: int = 1, height: float = 3.6, **options):
     """Gives (figure, its panels, three in a row at most), all in one style, to draw on, and then writes a PNG."""
     columns, rows = min(3, panels), -(-panels // 3)
     size = max(6.4, 3.6 * columns + 1), height * rows
-    figure = require_matplotlib().figure.Figure(figsize=size, dpi=100, layout="constrained")
+    figure = optional("matplotlib.figure", "--figure").Figure(figsize=size, dpi=100, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **options).flatten()
     for place, axis in enumerate(axes):
         axis.set_visible(place < panels)
@@ -1062,9 +1003,8 @@ def main() -> None:
     if len(answers) > 1:
         print(f"\npaired by prompt, {'reward' if pairs.gold is None else 'gold reward'}")
         print(differences({name: given.judged for name, given in answers.items()}, list(answers)[-1], "prompts"))
-    print(
-        "\nwins vs SFT by length, as a multiple of the length of SFT's answer\n" + wins_by_length(answers, sft_answers)
-    )
+    print("\nwins vs SFT by length, as a multiple of the length of SFT's answer")
+    print(wins_by_length(answers, sft_answers))
     print("\n" + side_by_side(pairs, answers, settings.samples))
     path = Path(settings.out) / settings.save
     write_text(path, json.dumps(summaries, indent=1) + "\n")

@@ -24,6 +24,7 @@ import gc
 import gzip
 import hashlib
 import heapq
+import importlib
 import inspect
 import itertools
 import json
@@ -70,6 +71,14 @@ class UserError(Exception):
 def first_line(error: Exception) -> str:
     """The first line of what a library's error says, or its kind if it says nothing."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def optional(module: str, what: str):
+    """The module of a package that is not in requirements.txt, since only `what` takes it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{what}: this needs one more package: pip install {module.partition('.')[0]}") from error
 
 
 @dataclass(frozen=True)
@@ -293,8 +302,7 @@ def load_whole_state(part, state: dict) -> None:
         return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
 
     if isinstance(part, torch.optim.Optimizer):
-        parameters = [parameter for group in part.param_groups for parameter in group["params"]]
-        moments = {}
+        parameters, moments = part.param_groups[0]["params"], {}
         for number, entry in state["state"].items():
             for moment in (entry["exp_avg"], entry["exp_avg_sq"]):  # the fused step trusts their shapes
                 if moment.shape != parameters[number].shape or not moment.is_contiguous():
@@ -642,11 +650,11 @@ def parse_rows(path: Path) -> Iterator[dict]:
 def split_row(where: str, row: dict) -> tuple[str, str, str, str] | None:
     """(prompt, prompt of the rejected side, chosen, rejected) of a row in one of three layouts: prompt, chosen and
     rejected; chosen and rejected transcripts; a TL;DR comparison. None if a transcript has no assistant turn."""
-    if isinstance(row, dict) and "summaries" in row:
+    row = row if isinstance(row, dict) else {}
+    if "summaries" in row:
         row = comparison_row(where, row)
-    names = ("prompt", "chosen", "rejected") if isinstance(row, dict) and "prompt" in row else ("chosen", "rejected")
-    for name in names:
-        if not isinstance(row, dict) or not isinstance(row.get(name), str):
+    for name in ("prompt", "chosen", "rejected") if "prompt" in row else ("chosen", "rejected"):
+        if not isinstance(row.get(name), str):
             raise UserError(f"{where}: no text under {name!r}; a row needs chosen and rejected, and may have prompt")
     if "prompt" in row:
         return row["prompt"], row["prompt"], row["chosen"], row["rejected"]
@@ -808,15 +816,17 @@ def pack(documents: list[tuple[Tensor, ...]], device: torch.device, tokens_per_p
     """
     rank, size = processes()
     sizes = [sum(map(len, document)) for document in documents]
-    passes = math.ceil(sum(sizes) / size / (tokens_per_pass or (32768 if device.type == "cuda" else 4096)))
-    some, total = [], 0
+    tokens = sum(sizes)
+    passes = math.ceil(tokens / size / (tokens_per_pass or (32768 if device.type == "cuda" else 4096)))
+    groups, total = [[]], 0
     for index in sorted(range(len(documents)), key=lambda index: -sizes[index]):
-        if total * passes >= sum(sizes):
-            yield lay_out(documents, fill_rows(sizes, some, device, size)[rank::size], device)
-            some, total = [], 0
-        some.append(index)
+        if total * passes >= tokens:
+            groups.append([])
+            total = 0
+        groups[-1].append(index)
         total += sizes[index]
-    yield lay_out(documents, fill_rows(sizes, some, device, size)[rank::size], device)
+    for group in groups:
+        yield lay_out(documents, fill_rows(sizes, group, device, size)[rank::size], device)
 
 
 def fill_rows(sizes: list[int], some: list[int], device: torch.device, least: int = 1) -> list[list[int]]:
@@ -836,55 +846,36 @@ def fill_rows(sizes: list[int], some: list[int], device: torch.device, least: in
     return [members for _, _, members in rows]
 
 
-def pack_with_bar(documents: list[tuple[Tensor, ...]], device: torch.device, what: str) -> Iterator[Packed]:
-    """`pack` with a progress bar over the documents, for passes over all of the data."""
-    with tqdm(total=len(documents), desc=what, unit=" pairs", leave=False) as bar:
-        for batch in pack(documents, device):
-            yield batch
-            bar.update(len(batch.members))
-
-
 def lay_out(documents: list[tuple[Tensor, ...]], rows: list[list[int]], device: torch.device) -> Packed:
     """The tensors of `Packed` for rows of document indices. The unused end of a row is a document of its own."""
-    rows = rows or [[]]
     length = max(1, *(sum(len(part) for index in row for part in documents[index]) for row in rows))
     if device.type == "cuda":
         length = -(-length // 128) * 128  # the size of a block mask's blocks
-    tokens, positions, branch = (torch.zeros(len(rows), length, dtype=torch.long) for _ in range(3))
-    document = torch.full((len(rows), length), -1)
-    source, target, sequence, offset, last, members = [], [], [], [], [], []
+    tokens, positions, document, branch = (torch.full((len(rows) * length,), fill) for fill in (0, 0, -1, 0))
+    source, target, sequence, offset = lists = [[tokens[:0]] for _ in range(4)]
+    last, members = [], []
     for row, indices in enumerate(rows):
-        place = 0
+        place = row * length
         for index in indices:
-            prompt, *responses = documents[index]
-            prompt_end = place + len(prompt)
-            document[row, place : place + sum(map(len, documents[index]))] = len(members)
-            tokens[row, place:prompt_end] = prompt
-            positions[row, place:prompt_end] = torch.arange(len(prompt))
-            place = prompt_end
-            for number, response in enumerate(responses, 1):
-                end = place + len(response)
-                tokens[row, place:end] = response
-                positions[row, place:end] = torch.arange(len(prompt), len(prompt) + len(response))
-                branch[row, place:end] = number
-                # The prompt's last token predicts the first token of every response; hence an index, not a shift.
-                before = torch.arange(place - 1, end - 1)
-                before[0] = prompt_end - 1
-                source.append(before + row * length)
-                target.append(response)
-                offset.append(torch.arange(len(response)))
-                sequence.append(torch.full((len(response),), len(last)))
-                last.append(row * length + end - 1)
-                place = end
-            if not responses:
-                last.append(row * length + prompt_end - 1)
+            prompt_length = len(documents[index][0])
+            prompt_end = place + prompt_length
+            for number, part in enumerate(documents[index]):  # the prompt, then its branches
+                at, start, place = torch.arange(len(part)), place, place + len(part)
+                tokens[start:place], document[start:place], branch[start:place] = part, len(members), number
+                positions[start:place] = at + (prompt_length if number > 0 else 0)
+                if number > 0:
+                    # The prompt's last token predicts the first token of every response; hence an index, not a shift.
+                    source.append(torch.arange(start - 1, place - 1))
+                    source[-1][0] = prompt_end - 1
+                    target.append(part)
+                    sequence.append(torch.full_like(at, len(last)))
+                    offset.append(at)
+                if number > 0 or len(documents[index]) == 1:
+                    last.append(place - 1)
             members.append(index)
-    flat = [
-        torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.long)
-        for pieces in (source, target, sequence, offset)
-    ]
+    grid = (part.view(len(rows), length) for part in (tokens, positions, document, branch))
     numbers = (torch.tensor(part, dtype=torch.long) for part in (last, members))
-    return Packed(tokens, positions, document, branch, *flat, *numbers).to(device)
+    return Packed(*grid, *map(torch.cat, lists), *numbers).to(device)
 
 
 # ---- Matrix products ----
@@ -1018,18 +1009,18 @@ class Attention(nn.Module):
     """Grouped-query causal attention (Ainslie et al. 2023, arXiv 2305.13245): query heads share key-value heads.
 
     x: [rows, length, dim]; rotary: cos and sin as `rotate` takes them; mask: Packed.mask, or None for one
-    new token a row, which sees what the caches hold of `layer`. Returns [rows, length, dim].
+    new token a row, which sees what `caches`, a list of Cache, hold of this layer. Returns [rows, length, dim].
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.head_dim = config.dim // config.heads
+        self.layer, self.head_dim = layer, config.dim // config.heads
         self.query = Linear(config.dim, config.heads * self.head_dim)
         self.key = Linear(config.dim, config.kv_heads * self.head_dim)
         self.value = Linear(config.dim, config.kv_heads * self.head_dim)
         self.output = Linear(config.heads * self.head_dim, config.dim)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask, caches: "list[Cache]", layer: int) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask, caches=()) -> Tensor:
         rows, length, _ = x.shape
         query, key, value = (
             project(x).view(rows, length, -1, self.head_dim).transpose(1, 2)  # (rows, heads, length, head_dim)
@@ -1039,10 +1030,10 @@ class Attention(nn.Module):
         query, key, value = (part.to(dtype) for part in (rotate(query, *rotary), rotate(key, *rotary), value))
         if mask is None:
             parts = zip(caches, *(part.split(list(map(len, caches))) for part in (query, key, value)), strict=True)
-            mixed = torch.cat([cache.attend(layer, *part) for cache, *part in parts])
+            mixed = torch.cat([cache.attend(self.layer, *part) for cache, *part in parts])
         else:
             for cache in caches:
-                cache.store(layer, key, value)
+                cache.store(self.layer, key, value)
             mixed = attend(query, key, value, mask)
         return self.output(mixed.transpose(1, 2).reshape(rows, length, -1))
 
@@ -1053,20 +1044,17 @@ class Block(nn.Module):
     [rows, length, dim] → the same; or [places, dim], at flat indices `places` alone. The rest is Attention's.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, layer: int):
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, layer)
         self.mlp_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.gate = Linear(config.dim, config.mlp)
         self.up = Linear(config.dim, config.mlp)
         self.down = Linear(config.mlp, config.dim)
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask, places: Tensor | None = None,
-        caches: "list[Cache] | tuple" = (), layer: int = 0,
-    ) -> Tensor:  # fmt: skip
-        x = x + self.attention(self.attention_norm(x), rotary, mask, caches, layer)
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask, places: Tensor | None, caches=()) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, mask, caches)
         if places is not None:  # the last block's results are read there only
             x = x.flatten(0, 1)[places]
         normed = self.mlp_norm(x)
@@ -1082,7 +1070,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary, config.dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.dim, config.vocabulary, bias=False)
         self.activations = torch.float32  # dtype of the matrix products
@@ -1093,10 +1081,7 @@ class GPT(nn.Module):
                 std = parameter.shape[1] ** -0.5 / (math.sqrt(2 * config.layers) if into_stream else 1.0)
                 nn.init.normal_(parameter, std=std)
 
-    def forward(
-        self, tokens: Tensor, positions: Tensor, mask, places: Tensor | None = None,
-        caches: "list[Cache] | tuple" = (),
-    ) -> Tensor:  # fmt: skip
+    def forward(self, tokens: Tensor, positions: Tensor, mask, places: Tensor | None = None, caches=()) -> Tensor:
         """Hidden states [rows, length, dim] of tokens at positions, both [rows, length], under `mask`; or those at flat
         indices `places` alone, [places, dim]."""
         frequencies = rotary_frequencies(self.config, tokens.device)
@@ -1106,12 +1091,10 @@ class GPT(nn.Module):
             x = self.embedding(tokens)
             for index, block in enumerate(self.blocks):
                 wanted = places if index == len(self.blocks) - 1 else None
-                if caches:
-                    x = block(x, rotary, mask, wanted, caches, index)
-                elif self.checkpointed and torch.is_grad_enabled():
+                if self.checkpointed and torch.is_grad_enabled():
                     x = checkpoint(block, x, rotary, mask, wanted, use_reentrant=False, preserve_rng_state=False)
                 else:
-                    x = block(x, rotary, mask, wanted)
+                    x = block(x, rotary, mask, wanted, caches)
             return self.norm(x)
 
     def precision(self) -> torch.autocast:
@@ -1422,10 +1405,8 @@ def save_file(settings: CommonSettings, name: str, kind: str, content: dict) -> 
     """Writes `content` to the file `name` in the --out folder with torch.save, whole, and with it what made it."""
     versions = {"format": FORMAT_VERSION, "torch": str(torch.__version__), "python": sys.version.split()[0]}
     data = next((parent["data"] for parent in settings.parents.values()), None)
-    made = {
-        "command": Path(inspect.getfile(type(settings))).name, "settings": settings.given, "data": data,
-        "parents": settings.parents, "versions": versions,
-    }  # fmt: skip
+    made = {"command": Path(inspect.getfile(type(settings))).name, "settings": settings.given, "data": data,
+            "parents": settings.parents, "versions": versions}  # fmt: skip
     content = {"kind": kind, "version": FORMAT_VERSION, "made": made, **content}
     write_whole(Path(settings.out) / name, lambda file: torch.save(content, file))
 
@@ -1476,27 +1457,24 @@ def load_file(path: Path, *kinds: str) -> dict:
 
 def save_model(settings: CommonSettings, model: nn.Module, tokenizer: Tokenizer) -> None:
     """Writes a GPT or a reward model, with all that is needed to use it, to the --save file."""
-    content = {
-        "config": dataclasses.asdict(model.config),
-        "tokenizer": tokenizer.state,
-        "weights": whole_state(model),
-    }
+    content = {"config": dataclasses.asdict(model.config), "tokenizer": tokenizer.state, "weights": whole_state(model)}
     save_file(settings, settings.save, model.kind, content)
 
 
-def config_problem(config: Config, parameters: int, tokenizer: Tokenizer) -> str | None:
-    """What in a checkpoint's shape can't be right; None if all can."""
+def config_problem(config: Config) -> str | None:
+    """What in a model's shape can't be right, in the words of config.json; None if all can."""
     counts = config.vocabulary, config.dim, config.layers, config.heads, config.kv_heads, config.mlp, config.context
-    factors = [] if config.rope_scaling is None else [config.rope_scaling[name] for name in LLAMA3_SCALING]
+    scaling = [] if config.rope_scaling is None else [config.rope_scaling[name] for name in LLAMA3_SCALING]
     if not all(type(count) is int and count > 0 for count in counts):
-        return "its shape is not given in whole numbers from 1 up"
+        return "the model's shape is not given in whole numbers from 1 up"
     if config.dim % (2 * config.heads) or config.heads % config.kv_heads:
-        return "its dimensions and heads do not go together"
-    factors += [config.rope_theta, config.norm_eps]
+        shape = f"hidden_size {config.dim}, num_attention_heads {config.heads}, num_key_value_heads {config.kv_heads}"
+        return f"{shape} do not make heads of one even size that share keys evenly"
+    factors = config.rope_theta, config.norm_eps, *scaling
     if not all(type(factor) in (int, float) and 0 < factor < 1e20 for factor in factors):
-        return "rope_theta, norm_eps and scaling are not finite numbers above 0"
-    if config.layers > parameters or config.vocabulary < tokenizer.size:
-        return "its shape, weights and tokenizer do not go together"
+        return "rope_theta, rms_norm_eps and scaling are not finite numbers above 0"
+    if scaling and scaling[1] >= scaling[2]:
+        return f"low_freq_factor {scaling[1]} is not below high_freq_factor {scaling[2]}"
     return None
 
 
@@ -1508,8 +1486,10 @@ def load_model(settings: CommonSettings, name: str, model_class: type, prepare: 
         note_parent(settings, name, content)
         tokenizer = Tokenizer(**content["tokenizer"])
         config, weights = Config(**content["config"]), content["weights"].values()
-        if problem := config_problem(config, len(weights), tokenizer):
+        if problem := config_problem(config):
             raise UserError(f"{path}: {problem}; make it again")
+        if config.layers > len(weights) or config.vocabulary < tokenizer.size:
+            raise UserError(f"{path}: its shape, weights and tokenizer do not go together; make it again")
         if not all(weight.dtype == torch.float32 and weight.is_contiguous() for weight in weights):
             raise UserError(f"{path}: its weights are of another kind; make it again")
         with torch.device("meta"):  # shapes without numbers: the file's take their place
@@ -1528,7 +1508,7 @@ def choose_device(settings: CommonSettings) -> torch.device:
     name = settings.device if settings.device != "auto" else next(name for name in available if available[name])
     if not available[name]:
         raise UserError(f"--device {name}: there is none on this machine")
-    if name == "cuda" and "LOCAL_RANK" in os.environ and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+    if name == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():  # all say so
         raise UserError("--device cuda: torchrun started more processes than there are GPUs; lower --nproc-per-node")
     return torch.device(name)
 
@@ -1599,7 +1579,7 @@ def find_pretrained(name: str) -> Path:
 def import_model(folder: Path) -> tuple[GPT, Tokenizer]:
     """Reads config.json, tokenizer.json and the safetensors of `folder`. Raises UserError, by name, at whatever this
     architecture does not have and would compute other numbers with."""
-    safetensors = require_safetensors()
+    safetensors = optional("safetensors.torch", "pretrained weights")
     config = import_config(folder / "config.json")
     tokenizer = import_tokenizer(folder)
     if tokenizer.size > config.vocabulary:
@@ -1631,15 +1611,6 @@ def import_model(folder: Path) -> tuple[GPT, Tokenizer]:
     return model, tokenizer
 
 
-def require_safetensors():
-    """The package safetensors, which is not in requirements.txt: only pretrained weights need it."""
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise UserError("pretrained weights need one more package: pip install safetensors") from error
-    return safetensors
-
-
 def import_config(path: Path) -> Config:
     """The shape that config.json describes; keys it lacks have the defaults of transformers' LlamaConfig."""
     if not path.is_file():
@@ -1648,31 +1619,28 @@ def import_config(path: Path) -> Config:
         given = json.loads(path.read_text("utf-8"))
         rope = {"rope_theta": given.get("rope_theta", 10000.0), **(given.get("rope_scaling") or {})}
         rope |= given.get("rope_parameters") or {}  # where transformers 5 keeps both
-        names = "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
-        vocabulary, dim, layers, heads, mlp = counts = [given[name] for name in names]
-        kv_heads, context = given.get("num_key_value_heads") or heads, given.get("max_position_embeddings", 2048)
-        if not all(type(count) is int and count > 0 for count in (*counts, kv_heads, context)):
-            raise UserError(f"{path}: the model's shape is not given in whole numbers from 1 up")
-        if dim % (2 * heads) or heads % kv_heads:
-            shape = f"hidden_size {dim}, num_attention_heads {heads} and num_key_value_heads {kv_heads}"
-            raise UserError(f"{path}: {shape} do not make heads of one even size that share keys evenly")
         only = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-                "attention_dropout": 0, "head_dim": dim // heads, "partial_rotary_factor": 1, "sliding_window": None,
+                "attention_dropout": 0, "partial_rotary_factor": 1, "sliding_window": None,
                 "quantization_config": None, "rope_interleaved": False}  # fmt: skip
         for name, value in only.items():
             if (found := {**rope, **given}.get(name)) not in (value, None):
                 raise UserError(f"{path}: {name} {found!r} is not supported, only {value!r}")
+        names = "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
+        vocabulary, dim, layers, heads, mlp = (given[name] for name in names)
+        kv_heads, context = given.get("num_key_value_heads") or heads, given.get("max_position_embeddings", 2048)
         kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
         if kind == "llama3":
-            original = {"original_max_position_embeddings": context}
-            scaling = {name: {**original, **rope}[name] for name in LLAMA3_SCALING}
-            if scaling["factor"] <= 0 or scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-                raise UserError(f"{path}: factor, low_freq_factor and high_freq_factor make no sense: {scaling}")
+            scaling = {name: {"original_max_position_embeddings": context, **rope}[name] for name in LLAMA3_SCALING}
         elif kind != "default":
             raise UserError(f"{path}: rotary scaling of type {kind!r} is not supported, only 'llama3'")
         theta, epsilon = float(rope["rope_theta"]), float(given.get("rms_norm_eps", 1e-6))
         tied = bool(given.get("tie_word_embeddings", False))
-        return Config(vocabulary, dim, layers, heads, kv_heads, mlp, context, theta, scaling, epsilon, tied, True)
+        config = Config(vocabulary, dim, layers, heads, kv_heads, mlp, context, theta, scaling, epsilon, tied, True)
+        if problem := config_problem(config):
+            raise UserError(f"{path}: {problem}")
+        if given.get("head_dim") not in (dim // heads, None):
+            raise UserError(f"{path}: head_dim {given['head_dim']!r} is not supported, only {dim // heads}")
+        return config
 
 
 def byte_symbols() -> dict[str, int]:
@@ -1787,7 +1755,7 @@ def find_end(folder: Path, special: dict[str, int]) -> int:
 def export_model(path: Path, folder: Path) -> None:
     """Writes the checkpoint at `path` as a folder that transformers loads: a policy as LlamaForCausalLM, a reward model
     as LlamaForSequenceClassification, which has no bias: what its scores lack is printed."""
-    safetensors = require_safetensors()
+    safetensors = optional("safetensors.torch", "pretrained weights")
     content = load_file(path, "policy", "reward model")
     with reading(path):
         config, tokenizer = Config(**content["config"]), Tokenizer(**content["tokenizer"])
@@ -1816,7 +1784,7 @@ def export_model(path: Path, folder: Path) -> None:
     write_text(folder / "config.json", json.dumps(described, indent=1) + "\n")
     write_whole(
         folder / "model.safetensors",
-        lambda file: safetensors.torch.save_file(weights, file.name, metadata={"format": "pt"}),
+        lambda file: safetensors.save_file(weights, file.name, metadata={"format": "pt"}),
     )
     export_tokenizer(folder, tokenizer, config.context)
     print(f"wrote {folder}, a {described['architectures'][0]} for transformers")
@@ -1904,14 +1872,15 @@ def batch_indices(examples: int, batch_size: int, step: int, seed: int) -> list[
     return torch.cat(passes)[start - first * examples :][:batch_size].tolist()
 
 
-def whole_lines(path: Path) -> list[str]:
-    """The lines of a log; a power cut may have left half of one."""
-    lines = []
-    for line in path.read_text("utf-8", "replace").splitlines():
+def read_log(path: Path) -> list[dict]:
+    """The steps of a log, in order, none without one; a power cut may have left half a line."""
+    steps = []
+    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, TypeError, KeyError):
-            if json.loads(line)["step"] == len(lines):
-                lines.append(line + "\n")
-    return lines
+            record = json.loads(line)
+            if record["step"] == len(steps):
+                steps.append(record)
+    return steps
 
 
 class Training:
@@ -1925,14 +1894,13 @@ class Training:
     def __init__(self, settings: TrainingSettings, examples: int, **parts):
         self.settings, self.examples, self.parts, self.step = settings, examples, parts, 0
         self.steps, self.indices, self.stopping = count_steps(settings, examples), [], False
-        lines = []
+        log = []
         if settings.resume:
             state = load_file(settings.state_path, "resume state")
             with reading(settings.state_path):
                 for key, value in settings.given.items():
-                    if state["made"]["settings"][key] != value:
-                        flag, had = "--" + key.replace("_", "-"), state["made"]["settings"][key]
-                        raise UserError(f"--resume: {flag} is {value}, but the saved run had {had}")
+                    if (had := state["made"]["settings"][key]) != value:
+                        raise UserError(f"--resume: --{key.replace('_', '-')} is {value}, but the saved run had {had}")
                 for name, parent in settings.parents.items():
                     if state["made"]["parents"].get(name) != parent:
                         raise UserError(f"--resume: {name} is not the file that the saved run read")
@@ -1941,10 +1909,10 @@ class Training:
                     raise UserError(f"{settings.state_path}: is at step {self.step} of {self.steps}; delete it")
                 for key, part in parts.items():
                     load_whole_state(part, state[key])
-            lines = whole_lines(settings.log_path)[: self.step]
+            log = read_log(settings.log_path)[: self.step]
         elif settings.state_path.exists():
             raise UserError(f"{settings.state_path}: a run was stopped; --resume goes on, or delete this to start anew")
-        write_text(settings.log_path, "".join(lines))
+        write_text(settings.log_path, "".join(json.dumps(record) + "\n" for record in log))
 
     def __iter__(self):
         handlers = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -1996,12 +1964,11 @@ class Training:
 
         Raises UserError at a gradient that is not finite, which every loss that is not finite brings about.
         """
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip)
+        (group,) = optimizer.param_groups
+        norm = nn.utils.clip_grad_norm_(group["params"], self.settings.clip)
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         self.require_finite("gradient", norm)
-        for group in optimizer.param_groups:
-            group["lr"] = self.lr
+        group["lr"] = self.lr
         optimizer.step()
         optimizer.zero_grad()
         return norm

@@ -23,28 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model import (
-    GPT,
-    ByModel,
-    Count,
-    Number,
-    Positive,
-    Share,
-    Tokenizer,
-    Training,
-    TrainingSettings,
-    generate,
-    gold_reward,
-    load_model,
-    load_pairs,
-    mixed_seed,
-    pack,
-    parse_settings,
-    require_room,
-    run_command,
-    settle,
-    summed,
-)
+from model import (  # isort: skip
+    GPT, ByModel, Count, Number, Positive, Share, Tokenizer, Training, TrainingSettings, generate, gold_reward,
+    load_model, load_pairs, mixed_seed, pack, parse_settings, require_room, run_command, settle, summed,
+)  # fmt: skip
 from reward import RewardModel
 
 

@@ -19,29 +19,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from model import (
-    GPT,
-    ByModel,
-    Count,
-    Number,
-    Packed,
-    Pairs,
-    Training,
-    TrainingSettings,
-    UserError,
-    choose_device,
-    load_model,
-    load_pairs,
-    mixed_seed,
-    pack,
-    pack_with_bar,
-    parse_settings,
-    prepare_model,
-    run_command,
-    settle,
-    summed,
-)
+from model import (  # isort: skip
+    GPT, ByModel, Count, Number, Packed, Pairs, Training, TrainingSettings, UserError, choose_device, load_model,
+    load_pairs, mixed_seed, pack, parse_settings, prepare_model, run_command, settle, summed,
+)  # fmt: skip
 
 
 @dataclass
@@ -92,18 +75,24 @@ def bradley_terry_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tens
 def score_pairs(model: RewardModel, pairs: Pairs, device: torch.device) -> Tensor:
     """Rewards [n, 2] of all chosen and rejected responses, on the CPU."""
     rewards = torch.zeros(len(pairs), 2)
-    for batch in pack_with_bar([pairs[index] for index in range(len(pairs))], device, "scoring"):
-        rewards[batch.members.cpu()] = model.score(batch).view(-1, 2).cpu()
+    with tqdm(total=len(pairs), desc="scoring", unit=" pairs", leave=False) as bar:
+        for batch in pack([pairs[index] for index in range(len(pairs))], device):
+            rewards[batch.members.cpu()] = model.score(batch).view(-1, 2).cpu()
+            bar.update(len(batch.members))
     rewards = summed(rewards)
     if len(bad := (~rewards.isfinite().all(1)).nonzero()):
         raise UserError(f"the rewards of pairs {' '.join(map(str, bad[:, 0].tolist()))} are not finite")
     return rewards
 
 
+def wins(ours: Tensor, theirs: Tensor) -> Tensor:
+    """1 for each win, 0.5 for each tie, 0 for each loss. [n], [n] → [n]."""
+    return (ours > theirs).float() + 0.5 * (ours == theirs).float()
+
+
 def ranking_accuracy(rewards: Tensor) -> float:
     """Share of pairs [n, 2] whose chosen side has the higher reward; a tie counts one half."""
-    gaps = rewards[:, 0] - rewards[:, 1]
-    return ((gaps > 0).double() + 0.5 * (gaps == 0).double()).mean().item()
+    return wins(*rewards.unbind(1)).double().mean().item()
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
@@ -111,14 +100,14 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     z = 1.96
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return centre - half, centre + half
+    return max(0.0, centre - half), min(1.0, centre + half)  # rounding could pass the ends
 
 
 def calibration(rewards: Tensor) -> list[tuple[float, float, int]]:
     """(predicted, observed, pairs) in bins of the prediction, for labelled pairs [n, 2]: how often the side that the
     model ranks first is the chosen one, so from 50% up. (A pair and its mirror image say the same.)"""
-    gaps = rewards[:, 0] - rewards[:, 1]
-    predicted, observed = gaps.abs().sigmoid(), (gaps > 0).double() + 0.5 * (gaps == 0).double()
+    chosen, rejected = rewards.unbind(1)
+    predicted, observed = (chosen - rejected).abs().sigmoid(), wins(chosen, rejected).double()
     bins = (10 * predicted - 5).long().clamp(0, 4)
     found = [bins == number for number in range(5)]
     return [(predicted[one].mean().item(), observed[one].mean().item(), int(one.sum())) for one in found if one.any()]

@@ -19,20 +19,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from model import (
-    CommonSettings,
-    Pairs,
-    Real,
-    Share,
-    UserError,
-    choose_device,
-    load_model,
-    load_pairs,
-    mixed_seed,
-    parse_settings,
-    run_command,
-    say_next,
-)
+from model import (  # isort: skip
+    CommonSettings, Pairs, Real, Share, UserError, choose_device, load_model, load_pairs, mixed_seed,
+    parse_settings, run_command, say_next,
+)  # fmt: skip
 from reward import RewardModel, ranking_accuracy, score_pairs
 
 

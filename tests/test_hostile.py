@@ -1109,9 +1109,11 @@ class Run:
                 training.log(("loss",), "pairs", 2, 6, loss=loss.item(), grad_norm=norm)
         return SimpleNamespace(first=first, policy=policy, log=settings.log_path)
 
-    def resume(self, state: bytes, log: bytes | None = None) -> SimpleNamespace:
+    def resume(self, state: bytes, log: bytes | bool | None = None) -> SimpleNamespace:
         (self.folder / "run.state.pt").write_bytes(state)
-        (self.folder / "run.jsonl").write_bytes(self.log if log is None else log)
+        (self.folder / "run.jsonl").write_bytes(self.log if log is None else log or b"")
+        if log is False:
+            (self.folder / "run.jsonl").unlink()
         return self.train(resume=True)
 
 
@@ -1175,6 +1177,7 @@ def test_a_broken_log_ends_no_resume_in_a_traceback(stopped):
     with Cases() as case:
         for label, log in logs.items():
             case(label, stopped.resume, stopped.state, log, check=check)
+        case("gone", stopped.resume, stopped.state, False, check=check)
 
 
 # ---- Files that try to run code ----

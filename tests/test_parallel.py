@@ -130,9 +130,9 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step_and_they_go_on(o
 def test_a_process_without_a_gpu_of_its_own_is_told_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     assert model.choose_device(model.Settings()) == torch.device("cuda")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # and so to all: only the first one's message is shown
     assert model.choose_device(model.Settings(device="cpu")) == torch.device("cpu")
     with pytest.raises(model.UserError, match="lower --nproc-per-node"):
         model.choose_device(model.Settings())

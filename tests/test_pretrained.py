@@ -642,6 +642,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
 CONFIGS = {  # what config.json says, and what the message names
     "mistral": ({"model_type": "mistral"}, ["model_type", "mistral"]),
     "qwen2": ({"model_type": "qwen2"}, ["model_type", "qwen2"]),
+    "gpt2": ({"model_type": "gpt2", "hidden_size": None, "n_embd": 64}, ["model_type", "gpt2"]),
     "attention bias": ({"attention_bias": True}, ["attention_bias", "True"]),
     "mlp bias": ({"mlp_bias": True}, ["mlp_bias", "True"]),
     "gelu": ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
@@ -684,11 +685,14 @@ WRONG = {
     "no MLP": {"intermediate_size": None},
     "MLP in text": {"intermediate_size": "wide"},
     "eps in text": {"rms_norm_eps": "small"},
+    "no eps": {"rms_norm_eps": 0},
+    "theta without end": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e20}},
     "context in text": {"max_position_embeddings": "long"},
     "theta in text": {"rope_parameters": {"rope_type": "default", "rope_theta": "large"}},
     "rope in a list": {"rope_parameters": [10000.0]},
     "rope of no kind": {"rope_parameters": {"rope_type": 3}},
     "no factor": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "low_freq_factor": 1.0}},
+    "no original": {"rope_parameters": {**SCALED["rope_parameters"], "original_max_position_embeddings": None}},
     "factor in text": {"rope_parameters": {**SCALED["rope_parameters"], "factor": "8"}},
     "factors alike": {"rope_parameters": {**SCALED["rope_parameters"], "low_freq_factor": 4.0}},
 }

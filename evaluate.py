@@ -579,6 +579,7 @@ STUDY = {
     "DPO on easy": [REWARD, SPLIT, DPO_EASY],
     "DPO on hard": [REWARD, SPLIT, DPO_HARD],
     "DPO on all, 256 steps": ["dpo.py --data pairs.pt --steps 256 --save dpo_all_256.pt"],
+    "DPO on easy, 256 steps": [REWARD, SPLIT, "dpo.py --steps 256 --save dpo_256.pt"],
     "PPO from SFT, all": [REWARD, "ppo.py --init sft.pt --data pairs.pt --steps 32 --save ppo_all.pt"],
     "PPO from SFT, hard": [REWARD, SPLIT, "ppo.py --init sft.pt --steps 32 --save ppo_hard.pt"],
     "PPO from DPO on all": [

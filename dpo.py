@@ -125,7 +125,7 @@ def main() -> None:
         training.log(shown, "pairs", len(documents), int(lengths.sum()), **metrics, grad_norm=grad_norm)
 
     # 4. Save.
-    training.finish(policy, tokenizer, "python ppo.py", "--init")
+    training.finish(policy, tokenizer, "python ppo.py", "--init {} --save NAME.pt")
 
 
 if __name__ == "__main__":

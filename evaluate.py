@@ -25,7 +25,7 @@ the commands that make it, and these are run. Nothing else here knows how a poli
     python evaluate.py --figure                                         # and figures
     python evaluate.py --prompt "How do I clean my old lamp?"           # every policy's answer to this
     python evaluate.py --prompt --model dpo.pt                          # talk to one policy, till Ctrl-D
-    python evaluate.py --study --seeds 5 --seed 3                       # MPO and its controls, toy world: 100 minutes
+    python evaluate.py --study --seeds 5 --seed 3                       # MPO and its controls, toy world: 107 minutes
     python evaluate.py --judge http://localhost:8000/v1 --judge-model NAME --prompts 100    # key: OPENAI_API_KEY
 """
 
@@ -273,6 +273,7 @@ def answer_prompt(settings: Settings, text: str) -> None:
         prompt = as_prompt(text, tokenizer)
         seed = mixed_seed(settings.seed, 0)
         (response,) = generate(policy, [prompt], tokenizer.end, settings.max_new_tokens, settings.temperature, seed)
+        del policy  # before the next one takes its place on the device
         title = TITLES.get(name.removesuffix(".pt"), name.removesuffix(".pt"))
         answer = tokenizer.decode(response.tolist()).strip() or "(nothing)"
         print(textwrap.fill(answer, 118, initial_indent=f"{title:12s} ", subsequent_indent=" " * 13))

@@ -606,7 +606,7 @@ def read_hub_rows(source: str) -> Iterator[tuple[str, dict]]:
             f"--data {source}: cannot load {repository} ({first_line(error)}); check the name and the network, "
             "or download its files elsewhere and name their folder"
         ) from error
-    # hh holds its parts one behind the other; in this order, whoever takes the first rows has some of each.
+    # hh holds its parts one behind the other; shuffled, so that the first rows hold some of each.
     for number in random.Random(0).sample(range(len(rows)), len(rows)):
         yield f"{repository} row {number + 1}", rows[number]
 
@@ -987,8 +987,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: "list[tuple[int, Ten
     """Attention within packed rows; mask: Packed.mask. query, result: [rows, heads, length, head_dim]; key, value: with
     kv_heads instead of heads."""
     if isinstance(mask, BlockMask):
-        within = not query.is_cuda or torch.compiler.is_compiling()  # a compiled block's graph takes it in as it is
-        flex = flex_attention if within else compiled_function(flex_attention)
+        as_it_is = not query.is_cuda or torch.compiler.is_compiling()  # on the CPU, and within a compiled block
+        flex = flex_attention if as_it_is else compiled_function(flex_attention)
         return flex(query, key, value, block_mask=mask, enable_gqa=True)
     sizes, masks = zip(*mask, strict=True)
     documents = zip(*(part.split(sizes, 2) for part in (query, key, value)), masks, strict=True)
@@ -1198,7 +1198,7 @@ def gradient_tile(hidden: Tensor, matrix: Tensor, logsumexp: Tensor, grad: Tenso
     return logits.sub_(logsumexp[:, None]).exp_().mul_(-grad[:, None]).to(matrix.dtype)
 
 
-VARIANTS = 32  # of one compiled function: with and without gradients, in bf16 or not, of one row or several, …
+VARIANTS = 32  # of a function that torch.compile makes at most: with and without gradients, of one row or several, …
 
 
 @functools.cache
@@ -1508,7 +1508,7 @@ def choose_device(settings: CommonSettings) -> torch.device:
     name = settings.device if settings.device != "auto" else next(name for name in available if available[name])
     if not available[name]:
         raise UserError(f"--device {name}: there is none on this machine")
-    if name == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():  # all say so
+    if name == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
         raise UserError("--device cuda: torchrun started more processes than there are GPUs; lower --nproc-per-node")
     return torch.device(name)
 
@@ -1873,7 +1873,7 @@ def batch_indices(examples: int, batch_size: int, step: int, seed: int) -> list[
 
 
 def read_log(path: Path) -> list[dict]:
-    """The steps of a log, in order, none without one; a power cut may have left half a line."""
+    """The records of a log, one a step; none without a log. Half a line, as a power cut leaves it, is passed over."""
     steps = []
     for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, TypeError, KeyError):
@@ -2000,20 +2000,20 @@ class Training:
                 raise UserError(f"{self.settings.log_path}: cannot be written ({error})") from error
         self.bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown}, refresh=False)
 
-    def finish(self, model: nn.Module, tokenizer: Tokenizer, next_command: str, flag: str) -> None:
+    def finish(self, model: nn.Module, tokenizer: Tokenizer, next_command: str, flags: str) -> None:
         """Saves the trained model, drops the resume state, and says which command comes next."""
         save_model(self.settings, model, tokenizer)
         if processes()[0] == 0:
             for path in (self.settings.state_path, beside(self.settings.state_path)):
                 path.unlink(missing_ok=True)
-        say_next(self.settings, ["save"], next_command, flag)
+        say_next(self.settings, ["save"], next_command, flags)
 
 
-def say_next(settings: CommonSettings, fields: list[str], command: str, flag: str) -> None:
-    """The last line of every stage: what was written, to the names in these fields of the settings, and what to run
-    next. Its `flag` takes the first of them, and is named if that is not the default."""
+def say_next(settings: CommonSettings, fields: list[str], command: str, flags: str) -> None:
+    """The last line of every stage: what was written, to the names in these `fields` of the settings, and what to run
+    next. If the first name is not the default, that command needs `flags`, in which the name takes the place of {}."""
     names = [getattr(settings, field) for field in fields]
-    given = "" if names[0] == getattr(type(settings), fields[0]) else f" {flag} {names[0]}"
+    given = "" if names[0] == getattr(type(settings), fields[0]) else " " + flags.format(names[0])
     out = "" if settings.out == "out" else f" --out {settings.out}"
     print(f"wrote {', '.join(str(Path(settings.out) / name) for name in names)}; next: {command}{given}{out}")
 
@@ -2150,7 +2150,7 @@ def main() -> None:
         sums = [policy.logprobs(batch)[0].sum() for batch in pack(sft_documents(test, range(len(test))), device)]
     loss = -summed(sum(sums)).item() / test.lengths[:, 1].sum().item()
     print(f"test loss {loss:.3f} nats a token (perplexity {math.exp(loss):.2f})")
-    training.finish(policy, pairs.tokenizer, "python reward.py", "--init")
+    training.finish(policy, pairs.tokenizer, "python reward.py", "--init {} --save NAME.pt")
 
 
 if __name__ == "__main__":

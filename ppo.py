@@ -248,7 +248,7 @@ def main() -> None:
         training.log(shown, "episodes", len(prompts), int(rollout.lengths.sum()), **metrics, grad_norm=grad_norm)
 
     # 5. Save.
-    training.finish(policy, tokenizer, "python evaluate.py", "--policies sft.pt")
+    training.finish(policy, tokenizer, "python evaluate.py", "--policies sft.pt {}")
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def main() -> None:
         part = pairs.select(which.nonzero()[:, 0])
         print(describe(name, part))
         part.save(settings, getattr(settings, name))
-    say_next(settings, ["easy", "hard"], "python dpo.py", "--data")
+    say_next(settings, ["easy", "hard"], "python dpo.py", "--data {} --save NAME.pt")
 
 
 if __name__ == "__main__":

@@ -217,9 +217,9 @@ def test_a_log_stays_json_when_the_only_answer_is_one_token(out):
 @pytest.mark.parametrize(
     "command, flags, following",
     [
-        ("reward", ["--save", "mine.pt"], "python split.py --init mine.pt"),
-        ("split", ["--easy", "mine.pt"], "python dpo.py --data mine.pt"),
-        ("dpo", ["--save", "mine.pt"], "python ppo.py --init mine.pt"),
+        ("reward", ["--save", "mine.pt"], "python split.py --init mine.pt --easy NAME.pt --hard NAME.pt"),
+        ("split", ["--easy", "mine.pt"], "python dpo.py --data mine.pt --save NAME.pt"),
+        ("dpo", ["--save", "mine.pt"], "python ppo.py --init mine.pt --save NAME.pt"),
         ("ppo", ["--save", "mine.pt"], "python evaluate.py --policies sft.pt mine.pt"),
         ("split", ["--hard", "mine.pt"], "python dpo.py"),
     ],
@@ -238,7 +238,9 @@ def test_a_command_typed_in_the_checkout_works_and_writes_only_to_out(toy, tmp_p
     process = shell("dpo", *flags, cwd=tmp_path)
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert printed.splitlines()[-1] == "wrote mine/typed.pt; next: python ppo.py --init typed.pt --out mine"
+    assert (
+        printed.splitlines()[-1] == "wrote mine/typed.pt; next: python ppo.py --init typed.pt --save NAME.pt --out mine"
+    )
     after = contents(tmp_path)
     assert {path.relative_to(tmp_path).as_posix() for path in after.keys() - before.keys()} == {
         "mine/typed.pt",

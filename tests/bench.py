@@ -421,7 +421,7 @@ def generation(way: str, folder: Path, arguments: argparse.Namespace) -> dict:
     """32 prompts × 64 new tokens, none of which ends a response."""
     settings = model.Settings(out=str(folder), dtype=arguments.dtype)
     pairs, (policy, _) = load_pairs(settings, "pairs.pt"), load_model(settings, "sft.pt", GPT)
-    prompts, new = [pairs[index][0] for index in range(32)], 64
+    prompts, new = [pairs[index % len(pairs)][0] for index in range(32)], 64
     if way == "trl":
         import transformers
 

@@ -14,7 +14,7 @@ other, paired by prompt; win rates by length, since a judge may fall for length 
 answers side by side. All numbers also go to evaluation.json.
 
 Real text has no gold reward, and the reward model is what PPO was trained on. With --judge another language model,
-behind any OpenAI-compatible chat endpoint, compares every answer with the test set's chosen response and with SFT's
+behind an OpenAI-compatible chat endpoint, compares every answer with the test set's chosen response and with SFT's
 answer. Each pair is shown in both orders, since judges favour a place; where the orders disagree it is a tie.
 
 With --study the whole comparison is made anew, over seeds: STUDY below lists MPO, DPO, PPO and the controls, each as
@@ -25,7 +25,7 @@ the commands that make it, and these are run. Nothing else here knows how a poli
     python evaluate.py --figure                                         # and figures
     python evaluate.py --prompt "How do I clean my old lamp?"           # every policy's answer to this
     python evaluate.py --prompt --model dpo.pt                          # talk to one policy, till Ctrl-D
-    python evaluate.py --study --seeds 5 --seed 3                       # MPO and its controls, toy world: 107 minutes
+    python evaluate.py --study --seeds 5 --seed 3                       # MPO and its controls, toy world: 106 minutes
     python evaluate.py --judge http://localhost:8000/v1 --judge-model NAME --prompts 100    # key: OPENAI_API_KEY
 """
 

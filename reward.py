@@ -160,7 +160,7 @@ def main() -> None:
 
     # 4. Report on held-back pairs, and save.
     report(score_pairs(model, test, device), test.gold)
-    training.finish(model, tokenizer, "python split.py", "--init {} --easy NAME.pt --hard NAME.pt")
+    training.finish(model, tokenizer, "python split.py", "--init {} --easy EASY_NAME.pt --hard HARD_NAME.pt")
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ def test_a_log_stays_json_when_the_only_answer_is_one_token(out):
 @pytest.mark.parametrize(
     "command, flags, following",
     [
-        ("reward", ["--save", "mine.pt"], "python split.py --init mine.pt --easy NAME.pt --hard NAME.pt"),
+        ("reward", ["--save", "mine.pt"], "python split.py --init mine.pt --easy EASY_NAME.pt --hard HARD_NAME.pt"),
         ("split", ["--easy", "mine.pt"], "python dpo.py --data mine.pt --save NAME.pt"),
         ("dpo", ["--save", "mine.pt"], "python ppo.py --init mine.pt --save NAME.pt"),
         ("ppo", ["--save", "mine.pt"], "python evaluate.py --policies sft.pt mine.pt"),

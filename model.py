@@ -1076,7 +1076,8 @@ class GPT(nn.Module):
         self.activations = torch.float32  # dtype of the matrix products
         self.compiled = self.checkpointed = False  # prepare_model sets these as the flags say
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2 and not parameter.is_meta:  # outputs of order 1, less where layers add up
+            if parameter.dim() == 2 and not parameter.is_meta:  # on "meta" there is nothing to draw
+                # Outputs of order 1, and less where layers add up in the residual stream.
                 into_stream = name.endswith(("output.weight", "down.weight"))
                 std = parameter.shape[1] ** -0.5 / (math.sqrt(2 * config.layers) if into_stream else 1.0)
                 nn.init.normal_(parameter, std=std)
@@ -1186,7 +1187,7 @@ def logprob_tile(hidden: Tensor, matrix: Tensor, places: Tensor) -> Tensor:
     inside = (places >= 0) & (places < len(matrix))
     picked = logits.gather(-1, places.clamp(0, len(matrix) - 1)[:, None])[:, 0] * inside
     top = logits.amax(-1)
-    shifted = logits.sub_(top[:, None])
+    shifted = logits.sub_(top[:, None])  # in place, here and below: fewer tiles share the cache
     weights = shifted.exp()
     total = weights.sum(-1)
     return torch.stack((picked, top + total.log(), top + shifted.mul_(weights).sum(-1) / total))

@@ -81,7 +81,7 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> None:
         lengths = model.read_pairs(settings)[0].lengths[:count]
     elif arguments.lengths:
         lengths = torch.tensor([arguments.lengths]).repeat(count, 1)
-    else:  # drawn like the lengths of HH-RLHF's harmless pairs: on average 94, 31 and 38 tokens
+    else:  # drawn: about 94, 31 and 38 tokens on average, a little shorter and more even than HH-RLHF's harmless pairs
         means, spreads = torch.tensor([75.0, 24.0, 28.0]).log(), torch.tensor([0.65, 0.7, 0.75])
         lengths = (means + spreads * torch.randn(count, 3, generator=generator)).exp().long()
         lengths = lengths.clamp(torch.tensor([8, 2, 2]), torch.tensor([341, 128, 128]))
@@ -569,7 +569,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="pairs a step")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--data", help="rows whose lengths are taken; default: lengths drawn like those of HH-RLHF")
+    parser.add_argument("--data", help="rows whose lengths are taken; default: drawn lengths, somewhat shorter and more even")
     parser.add_argument("--compile", action="store_true", help="compile our log-prob kernel")
     parser.add_argument("--scaling", action="store_true", help="instead of the table: how a DPO step's cost grows")
     parser.add_argument("--numbers", nargs=6, type=int, help=argparse.SUPPRESS)  # a shape, and fixed lengths

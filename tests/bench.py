@@ -569,7 +569,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="pairs a step")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--data", help="rows whose lengths are taken; default: drawn lengths, somewhat shorter and more even")
+    parser.add_argument("--data", help="rows whose lengths are taken; default: drawn, a little shorter and more even")
     parser.add_argument("--compile", action="store_true", help="compile our log-prob kernel")
     parser.add_argument("--scaling", action="store_true", help="instead of the table: how a DPO step's cost grows")
     parser.add_argument("--numbers", nargs=6, type=int, help=argparse.SUPPRESS)  # a shape, and fixed lengths

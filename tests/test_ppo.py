@@ -1,6 +1,7 @@
-"""Chapter 5: PPO's pure functions, and the nine things that a naive PPO gets wrong, numbered as in the design."""
+"""Chapter 5: PPO's pure functions, and the ten things that a naive PPO gets wrong, numbered as in the design."""
 
 import copy
+import inspect
 import json
 from dataclasses import replace
 
@@ -521,3 +522,70 @@ def test_a_step_makes_one_update_for_each_minibatch(
     run_ppo(monkeypatch, tmp_path, policy, reward_model, documents, "--ppo-epochs", "2", "--minibatch-size", size)
     assert len(sizes) == 2 * steps
     assert sum(sizes) == 2 * 2 * 4
+
+
+def recorded(monkeypatch, name):
+    """Wraps ppo's function `name`; returns a list that gets (arguments by name, result) of every call."""
+    plain, calls = getattr(ppo, name), []
+
+    def wrapper(*positional, **named):
+        result = plain(*positional, **named)
+        calls.append((inspect.signature(plain).bind(*positional, **named).arguments, result))
+        return result
+
+    monkeypatch.setattr(ppo, name, wrapper)
+    return calls
+
+
+@torch.no_grad()
+def read_plainly(model, document):
+    """A reward model's value before each response token, and its score of the whole response."""
+    prompt, answer = document
+    values = model.head(plain_hidden(model.trunk, (prompt, torch.cat((answer, answer[:1])))))[:, 0]
+    return values[:-1], values[-1]
+
+
+def test_4_training_moves_the_critic_and_never_the_reward_model(monkeypatch, tmp_path, policy, reward_model, documents):
+    """A rate at which a step is seen. Both start as reward.pt; later scores are still reward.pt's, later values not."""
+    rollouts = recorded(monkeypatch, "roll_out")
+    run_ppo(monkeypatch, tmp_path, policy, reward_model, documents, "--lr", "1e-2", "--warmup", "0")
+    differences = []
+    for _, rollout in rollouts:
+        values, scores = zip(*(read_plainly(reward_model, document) for document in rollout.documents), strict=True)
+        torch.testing.assert_close(rollout.scores, torch.stack(scores), rtol=1e-4, atol=1e-4)
+        differences.append((rollout.values[rollout.real] - torch.cat(values)).abs().max().item())
+    assert len(differences) == 2
+    assert differences[0] < 1e-4 < 1e-2 < differences[1]
+
+
+def test_10_every_pass_over_a_batch_is_shuffled_and_cut_anew(monkeypatch, tmp_path, policy, reward_model, documents):
+    """Two steps of three passes over 18 answers, six an update: each pass has every answer once, no two passes have the
+    same three sixes. (There are 2,858,856 ways to cut 18 so.)"""
+    updates = recorded(monkeypatch, "update")
+    flags = "--batch-size 18 --minibatch-size 6 --ppo-epochs 3".split()
+    run_ppo(monkeypatch, tmp_path, policy, reward_model, documents * 2, *flags)
+    rows = [arguments["rows"] for arguments, _ in updates]
+    assert [len(some) for some in rows] == [6] * 18
+    cuts = {frozenset(frozenset(some.tolist()) for some in torch.arange(18).split(6))}
+    for first in range(0, 18, 3):
+        one_pass = rows[first : first + 3]
+        assert torch.cat(one_pass).sort().values.tolist() == list(range(18))
+        cuts.add(frozenset(frozenset(some.tolist()) for some in one_pass))
+    assert len(cuts) == 1 + 6  # nor is any pass in order
+
+
+def test_10_kl_is_paid_to_the_reference_that_is_named(
+    monkeypatch, tmp_path, policy, reference, reward_model, documents
+):
+    """PPO starts from dpo.pt and is held to sft.pt, in every step. Before the first the policy is dpo.pt itself."""
+    save_model(Settings(out=str(tmp_path), save="sft.pt"), reference, BYTES)
+    rollouts = recorded(monkeypatch, "roll_out")
+    flags = "--reference sft.pt --lr 1e-2 --warmup 0".split()
+    log = run_ppo(monkeypatch, tmp_path, policy, reward_model, documents, *flags)
+    for _, rollout in rollouts:
+        expected = torch.cat([plain_logprobs(reference, document).detach() for document in rollout.documents])
+        torch.testing.assert_close(rollout.reference_logprobs[rollout.real], expected, rtol=1e-4, atol=1e-4)
+    answered = rollouts[0][1].documents
+    kl = sum((plain_logprobs(policy, one) - plain_logprobs(reference, one)).sum().item() for one in answered) / 4
+    assert abs(kl) > 1e-2
+    assert log[0]["kl"] == pytest.approx(kl, rel=1e-3)

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from conftest import TINY
 
 import ppo
-from model import GPT, Pairs, Tokenizer, pack, save_model
+from model import GPT, Pairs, Tokenizer, generate, load_model, pack, save_model
 from ppo import (
     Rollout,
     Settings,
@@ -292,11 +293,11 @@ def test_4_nothing_is_bootstrapped_past_the_end(roll):
 
 
 def test_5_returns_are_those_of_the_unwhitened_advantages(roll):
-    rollout, settings = roll(), make_settings(missing_eos_penalty=0.0)
+    rollout, settings = roll(), make_settings(missing_eos_penalty=0.0, gamma=0.9, gae_lambda=0.8)
     rewards = shaped_rewards(
         rollout.logprobs, rollout.reference_logprobs, rollout.scores, rollout.lengths, settings.kl_coefficient
     )
-    unwhitened = gae(rewards, rollout.values, settings.gamma, settings.gae_lambda)
+    unwhitened = gae(rewards, rollout.values, 0.9, 0.8)
     advantages, returns = advantages_and_returns(settings, rollout)
     torch.testing.assert_close(returns, unwhitened + rollout.values)
     assert (advantages - unwhitened).abs().max() > 0.1
@@ -352,7 +353,7 @@ def test_7_a_reference_that_is_the_policy_gives_kl_0(roll, policy):
 
 def off_policy(roll, policy, critic):
     """A rollout, its advantages and returns, seen by models that have moved since: nothing is 0 or 1 by chance."""
-    rollout, settings = roll(), make_settings(clip_ratio=0.1, value_coefficient=0.5)
+    rollout, settings = roll(), make_settings(clip_ratio=0.1, clip_value=0.05, value_coefficient=0.5)
     advantages, returns = advantages_and_returns(settings, rollout)
     perturb(policy, critic)
     return settings, rollout, advantages, returns
@@ -427,7 +428,7 @@ def test_9_statistics_of_an_update_are_means_over_its_real_tokens(roll, policy, 
                 advantage = advantages[row, t].item()
                 policy_loss = -min(ratio * advantage, min(max(ratio, 0.9), 1.1) * advantage)
                 old, new, target = rollout.values[row, t].item(), new_values[t].item(), returns[row, t].item()
-                clipped = min(max(new, old - 0.2), old + 0.2)
+                clipped = min(max(new, old - 0.05), old + 0.05)
                 loss_of_value = 0.5 * max((new - target) ** 2, (clipped - target) ** 2)
                 sums["policy_loss"] += policy_loss
                 sums["value_loss"] += loss_of_value
@@ -473,13 +474,17 @@ def test_9_gold_reward_of_a_rollout_by_hand():
 # The loop
 
 
-def run_ppo(monkeypatch, folder, policy, reward_model, documents, *flags):
-    """Runs the command for two steps of four prompts; returns the lines of its log."""
+def write_inputs(folder, policy, reward_model, documents, data="hard.pt", init="dpo.pt", reward="reward.pt"):
     tokens = torch.cat([torch.cat(document) for document in documents]).int()
     lengths = torch.tensor([[len(part) for part in document] for document in documents])
-    Pairs(tokens, lengths, BYTES, "made up").save(Settings(out=str(folder)), "hard.pt")
-    save_model(Settings(out=str(folder), save="dpo.pt"), policy, BYTES)
-    save_model(Settings(out=str(folder), save="reward.pt"), reward_model, BYTES)
+    Pairs(tokens, lengths, BYTES, "made up").save(Settings(out=str(folder)), data)
+    save_model(Settings(out=str(folder), save=init), policy, BYTES)
+    save_model(Settings(out=str(folder), save=reward), reward_model, BYTES)
+
+
+def run_ppo(monkeypatch, folder, policy, reward_model, documents, *flags):
+    """Runs the command for two steps of four prompts; returns the lines of its log."""
+    write_inputs(folder, policy, reward_model, documents)
     fixed = ["--out", str(folder), "--device", "cpu", "--batch-size", "4", "--steps", "2", "--max-new-tokens", "8"]
     monkeypatch.setattr("sys.argv", ["ppo.py", *fixed, *flags])
     ppo.main()
@@ -589,3 +594,106 @@ def test_10_kl_is_paid_to_the_reference_that_is_named(
     kl = sum((plain_logprobs(policy, one) - plain_logprobs(reference, one)).sum().item() for one in answered) / 4
     assert abs(kl) > 1e-2
     assert log[0]["kl"] == pytest.approx(kl, rel=1e-3)
+
+
+def test_files_are_those_that_are_named_and_the_reference_is_init(
+    monkeypatch, tmp_path, policy, reference, reward_model, critic, documents
+):
+    """The default names would find others; the prompts are those of the last six pairs."""
+    write_inputs(tmp_path, policy, reward_model, documents[3:], "mine.pt", "start.pt", "judge.pt")
+    rollouts = recorded(monkeypatch, "roll_out")
+    flags = "--data mine.pt --init start.pt --reward judge.pt --batch-size 6 --lr 0".split()
+    log = run_ppo(monkeypatch, tmp_path, reference, critic, documents[:3], *flags)
+    assert [line["kl"] for line in log] == [0.0, 0.0]
+    for _, rollout in rollouts:
+        asked = sorted(prompt.tolist() for prompt, _ in rollout.documents)
+        assert asked == sorted(prompt.tolist() for prompt, *_ in documents[3:])
+        for row, document in enumerate(rollout.documents):
+            values, score = read_plainly(reward_model, document)
+            known = rollout.logprobs[row], rollout.values[row], rollout.scores[row]
+            expected = plain_logprobs(policy, document).detach(), values, score
+            for ours, theirs in zip(known, expected, strict=True):
+                ours = ours[: len(values)] if ours.dim() else ours
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_answers_are_sampled_from_the_policy_as_the_flags_say(
+    monkeypatch, tmp_path, policy, reference, reward_model, documents
+):
+    """Against the sampler itself. One pass over eight prompts asks each once; every step and seed has other noise."""
+    save_model(Settings(out=str(tmp_path), save="sft.pt"), reference, BYTES)
+    calls, rollouts = recorded(monkeypatch, "generate"), recorded(monkeypatch, "roll_out")
+    for seed in "12":
+        flags = f"--reference sft.pt --temperature 0.7 --max-new-tokens 60 --lr 0 --seed {seed}".split()
+        run_ppo(monkeypatch, tmp_path, policy, reward_model, documents[:8], *flags)
+    assert len({arguments["seed"] for arguments, _ in calls}) == len(calls) == 4
+    assert any(rollout.ended.any() for _, rollout in rollouts)
+    for (arguments, answers), (_, rollout) in zip(calls, rollouts, strict=True):
+        expected = generate(policy, arguments["prompts"], END, 60, 0.7, arguments["seed"])
+        for answer, theirs, document in zip(answers, expected, rollout.documents, strict=True):
+            assert answer.tolist() == theirs.tolist() == document[1].tolist()
+        assert rollout.ended.tolist() == [answer[-1] == END for answer in expected]
+    for one, other in (calls[:2], calls[2:]):
+        asked = [prompt.tolist() for arguments, _ in (one, other) for prompt in arguments["prompts"]]
+        assert sorted(asked) == sorted(prompt.tolist() for prompt, *_ in documents[:8])
+
+
+def test_3_old_logprobs_are_read_in_the_minibatches_of_the_first_pass(
+    monkeypatch, tmp_path, policy, reward_model, documents
+):
+    """Four answers in twos: two packings of the rollout, the same two of the first pass, two of the second."""
+    packed = recorded(monkeypatch, "pack")
+    flags = "--steps 1 --minibatch-size 2 --ppo-epochs 2".split()
+    run_ppo(monkeypatch, tmp_path, policy, reward_model, documents, *flags)
+    rollout_1, rollout_2, first_1, first_2, *second = (
+        [torch.cat(document).tolist() for document in arguments["documents"]] for arguments, _ in packed
+    )
+    assert [rollout_1, rollout_2] == [first_1, first_2]
+    assert len(second) == 2
+    assert second != [first_1, first_2]
+
+
+def test_the_log_holds_means_over_all_updates_of_a_step_and_the_trained_policy_is_saved(
+    monkeypatch, tmp_path, policy, reward_model, documents
+):
+    updates, norms = recorded(monkeypatch, "update"), []
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *all: norms.append(clip(*all)) or norms[-1])
+    flags = "--lr 1e-2 --warmup 0 --minibatch-size 2 --reference sft.pt".split()
+    save_model(Settings(out=str(tmp_path), save="sft.pt"), policy, BYTES)
+    log = run_ppo(monkeypatch, tmp_path, policy, reward_model, documents, *flags)
+    assert len(updates) == len(norms) == 8
+    for step, line in enumerate(log):
+        some = slice(4 * step, 4 * step + 4)
+        assert line["grad_norm"] == pytest.approx(sum(norms[some]).item() / 4, rel=1e-5)
+        for name in updates[0][1]:
+            values = [totals[name].item() for _, totals in updates[some]]
+            assert line[name] == pytest.approx(sum(values) / 4, rel=1e-5, abs=1e-7), name
+    saved, _ = load_model(Settings(out=str(tmp_path), device="cpu"), "ppo.pt", GPT)
+    for ours, theirs in zip(saved.parameters(), updates[-1][0]["policy"].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_policy(monkeypatch, tmp_path, policy, reward_model, documents):
+    """Policy, critic and optimiser go on: three steps at once, and killed in the second of three."""
+    flags = "--steps 3 --lr 1e-2 --save-every 1".split()
+    whole = run_ppo(monkeypatch, tmp_path, policy, reward_model, documents, *flags)
+    weights = torch.load(tmp_path / "ppo.pt", weights_only=True)["weights"]
+    plain, calls = ppo.roll_out, []
+
+    def killed(*positional, **named):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return plain(*positional, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ppo, "roll_out", killed)
+        run_ppo(patch, tmp_path, policy, reward_model, documents, *flags)
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--resume"])
+    ppo.main()
+    log = [json.loads(line) for line in (tmp_path / "ppo.jsonl").read_text().splitlines()]
+    for name in ("loss", "score", "kl", "value_loss", "grad_norm"):
+        assert [line[name] for line in log] == [line[name] for line in whole]
+    for name, weight in torch.load(tmp_path / "ppo.pt", weights_only=True)["weights"].items():
+        assert torch.equal(weight, weights[name])

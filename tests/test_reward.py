@@ -1,15 +1,19 @@
 """Chapter 2: the reward model's loss, where it reads the score, and the numbers of its report."""
 
+import json
 import math
 import re
 
 import pytest
 import torch
+from conftest import TINY
 
-from model import GPT, Config, Pairs, pack
+import reward
+from model import GPT, Config, Pairs, Tokenizer, UserError, load_model, pack, save_model
 from reward import RewardModel, bradley_terry_loss, ranking_accuracy, report, score_pairs, wilson_interval
 
 CPU = torch.device("cpu")
+BYTES = Tokenizer([chr(byte) for byte in range(TINY.vocabulary - 1)], ".", {"<end>": TINY.vocabulary - 1}, 96)
 
 
 def plain_score(model, *parts):
@@ -31,7 +35,7 @@ def packed_scores(model, documents):
 def make_pairs(documents):
     tokens = torch.cat([torch.cat(document) for document in documents]).int()
     lengths = torch.tensor([[len(part) for part in document] for document in documents])
-    return Pairs(tokens, lengths, None, "made up")
+    return Pairs(tokens, lengths, BYTES, "made up")
 
 
 def test_bradley_terry_loss_by_hand():
@@ -158,3 +162,86 @@ def test_calibration_counts_every_pair(capsys):
 def test_calibration_counts_a_tie_one_half(capsys):
     """As the accuracy does: a model that gives all the same reward predicts 50%, and 50% is seen."""
     assert calibration_lines(torch.ones(4, 2), capsys) == [(50, 50, 4)]
+
+
+def test_rewards_that_are_not_finite_are_refused_with_the_pairs_numbers(reward_model, documents):
+    """An infinite embedding of a token that pairs 1 and 2 alone hold."""
+    tokens = [set(torch.cat(document).tolist()) for document in documents]
+    (only, *_) = (tokens[1] & tokens[2]).difference(*tokens[:1], *tokens[3:])
+    with torch.no_grad():
+        reward_model.trunk.embedding.weight[only] = math.inf
+    with pytest.raises(UserError, match=r"\b1 2\b"):
+        score_pairs(reward_model, make_pairs(documents), CPU)
+
+
+# The loop
+
+
+def write_inputs(folder, policy, documents, data="pairs.pt", test="test.pt", init="sft.pt"):
+    """The pairs; four of them as held-back ones, the first with its label the wrong way round; and a policy."""
+    settings = reward.Settings(out=str(folder), save=init)
+    make_pairs(documents).save(settings, data)
+    prompt, chosen, rejected = documents[0]
+    make_pairs([(prompt, rejected, chosen), *documents[1:4]]).save(settings, test)
+    save_model(settings, policy, BYTES)
+
+
+def run_reward(monkeypatch, folder, *flags):
+    """Runs the command; returns the lines of its log, and the reward model that it saved."""
+    files = "--data mine.pt --test held.pt --init start.pt --batch-size 9 --warmup 0 --decay constant".split()
+    monkeypatch.setattr("sys.argv", ["reward.py", "--out", str(folder), "--device", "cpu", *files, *flags])
+    reward.main()
+    log = [json.loads(line) for line in (folder / "reward.jsonl").read_text().splitlines()]
+    return log, load_model(reward.Settings(out=str(folder), device="cpu"), "reward.pt", RewardModel)[0]
+
+
+def test_the_command_equals_a_plain_loop(monkeypatch, tmp_path, capsys, policy, documents):
+    """Three steps on all nine pairs, each in several passes, from the weights that a run at rate 0 shows: the log, the
+    model that is saved, its mean and the report. The files that the default names would find are others."""
+    torch.manual_seed(7)
+    write_inputs(tmp_path, GPT(TINY), documents[:4])
+    write_inputs(tmp_path, policy, documents, "mine.pt", "held.pt", "start.pt")
+    monkeypatch.setattr(reward, "pack", lambda some, device: pack(some, device, 150))
+    assert len(list(pack(documents, CPU, 150))) > 1
+    _, model = run_reward(monkeypatch, tmp_path, "--lr", "0", "--steps", "1")
+    for ours, theirs in zip(model.trunk.parameters(), policy.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    log, saved = run_reward(monkeypatch, tmp_path, "--lr", "1e-3", "--steps", "3")
+    printed = capsys.readouterr().out
+
+    def plain_rewards():
+        rewards = [plain_score(model, prompt, side) for prompt, *sides in documents for side in sides]
+        return torch.stack(rewards).view(9, 2)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    assert len(log) == 3
+    for line in log:
+        gaps = plain_rewards() @ torch.tensor([1.0, -1.0])
+        loss = -gaps.sigmoid().log().mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        expected = {"loss": loss.item(), "accuracy": (gaps > 0).float().mean().item(), "grad_norm": norm.item()}
+        assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        seen = line["tokens_per_second"] * line["seconds"]
+        assert seen == pytest.approx(sum(len(part) for document in documents for part in document))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert log[0]["accuracy"] not in (0.0, 0.5, 1.0)
+    with torch.no_grad():
+        rewards = plain_rewards()
+    found = score_pairs(saved, make_pairs(documents), CPU)
+    assert found.mean().item() == pytest.approx(0.0, abs=1e-4)
+    torch.testing.assert_close(found, rewards - rewards.mean(), rtol=1e-2, atol=1e-2)
+    assert (found[:4, 0] > found[:4, 1]).all()
+    assert re.findall(r"test accuracy (.*?)% .*, (\d+) pairs", printed)[-1] == ("75.0", "4")
+
+
+def test_the_seed_makes_the_head(monkeypatch, tmp_path, policy, documents):
+    write_inputs(tmp_path, policy, documents, "mine.pt", "held.pt", "start.pt")
+    heads = []
+    for seed in "335":
+        torch.manual_seed(len(heads))
+        _, model = run_reward(monkeypatch, tmp_path, "--lr", "0", "--steps", "1", "--seed", seed)
+        heads.append(model.head.weight)
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])

@@ -9,7 +9,7 @@ from conftest import TINY
 
 import reward
 import split
-from model import Pairs, Tokenizer, save_model
+from model import Pairs, Tokenizer, UserError, save_model
 from split import describe, easy_mask, histogram, reward_gaps
 
 BYTES = Tokenizer([chr(byte) for byte in range(TINY.vocabulary - 1)], ".", {"<end>": TINY.vocabulary - 1}, 96)
@@ -117,25 +117,47 @@ def test_description_gives_size_agreement_and_wrong_labels():
 
 @pytest.fixture
 def folder(tmp_path, reward_model, documents):
-    """A folder with nine pairs and a reward model. The gold reward of a pair is its number."""
+    """A folder with nine pairs and a reward model. The gold reward of a pair's chosen side is its number; by gold the
+    four odd pairs are labelled wrongly, and the even ones are ties."""
     tokens = torch.cat([torch.cat(document) for document in documents]).int()
     lengths = torch.tensor([[len(part) for part in document] for document in documents])
-    gold = torch.arange(9.0)[:, None].expand(9, 2).clone()
+    gold = torch.stack((torch.arange(9.0), torch.arange(9.0) + torch.arange(9) % 2), 1)
     Pairs(tokens, lengths, BYTES, "toy", None, gold).save(reward.Settings(out=str(tmp_path)), "pairs.pt")
     save_model(reward.Settings(out=str(tmp_path)), reward_model, BYTES)
     return tmp_path
 
 
-def run_split(monkeypatch, folder, *flags):
+def run_split(monkeypatch, folder, *flags, names=("easy.pt", "hard.pt")):
     """Runs the command; returns the numbers of the easy and of the hard pairs, and all their rewards."""
     monkeypatch.setattr("sys.argv", ["split.py", "--out", str(folder), "--device", "cpu", *flags])
     split.main()
     parts, rewards = [], torch.empty(9, 2)
-    for name in ("easy.pt", "hard.pt"):
+    for name in names:
         content = torch.load(folder / name, weights_only=True)
         parts.append(content["gold"][:, 0].int().tolist())
         rewards[parts[-1]] = content["rewards"]
     return *parts, rewards
+
+
+def test_command_heeds_threshold_gap_and_file_names(monkeypatch, folder, capsys, documents):
+    """By absolute gap, at a γ between the largest and the next, in files of other names than the default ones; there,
+    nothing is to be found. The histogram counts the four wrong labels."""
+    *_, rewards = run_split(monkeypatch, folder)
+    for name, other in (("pairs.pt", "mine.pt"), ("reward.pt", "judge.pt")):
+        (folder / name).rename(folder / other)
+    (folder / "easy.pt").unlink()
+    gaps = (rewards[:, 0] - rewards[:, 1]).tolist()
+    order = sorted(range(9), key=lambda index: -abs(gaps[index]))
+    gamma = (abs(gaps[order[1]]) + abs(gaps[order[2]])) / 2
+    assert min(gaps[index] for index in order[:2]) < 0
+    capsys.readouterr()
+    files = "--data mine.pt --init judge.pt --easy a.pt --hard b.pt --gap absolute --threshold".split()
+    easy, hard, _ = run_split(monkeypatch, folder, *files, str(gamma), names=("a.pt", "b.pt"))
+    assert (easy, hard) == (sorted(order[:2]), sorted(order[2:]))
+    assert not (folder / "easy.pt").exists()
+    bins = re.findall(r"to +\S+ +(\d+) +(\d+)% wrong", capsys.readouterr().out)
+    assert sum(int(count) for count, _ in bins) == 9
+    assert sum(int(count) * int(share) / 100 for count, share in bins) == pytest.approx(4, abs=0.1)
 
 
 def test_command_puts_the_largest_gaps_into_easy(monkeypatch, folder):
@@ -161,3 +183,9 @@ def test_random_control_keeps_the_sizes_and_every_pair_but_not_the_members(monke
         members.add(tuple(easy))
     assert len(members) > 1
     assert members != {tuple(by_reward[0])}
+
+
+def test_the_parts_are_not_written_over_each_other(monkeypatch, folder):
+    with pytest.raises(UserError, match=r"same\.pt"):
+        run_split(monkeypatch, folder, "--easy", "same.pt", "--hard", "same.pt")
+    assert not (folder / "same.pt").exists()

@@ -22,25 +22,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from model import (  # isort: skip
-    GPT, ByModel, Count, Number, Packed, Positive, Share, Training, TrainingSettings, UserError, batch_indices,
-    choose_device, count_steps, load_model, load_pairs, pack, parse_settings, run_command, settle, summed,
-)  # fmt: skip
+from model import (
+    GPT, Packed, Training, TrainingSettings, UserError, batch_indices, choose_device, count_steps, flag, load_model,
+    load_pairs, pack, parse_settings, run_command, settle, summed,
+)
 
 
 @dataclass
 class Settings(TrainingSettings):
     """Flags of this stage."""
 
-    data: str = "easy.pt"  # pairs to train on
-    init: str = "sft.pt"  # policy to start from, and the reference
-    save: str = "dpo.pt"  # checkpoint to write
-    epochs: Number = 1.0  # passes over the pairs
-    batch_size: Count = 64  # pairs per optimiser step
-    lr: Number = ByModel(scratch=5e-5, pretrained=5e-7)  # peak learning rate
-    beta: Positive = 0.1  # β: how closely the policy is held to the reference
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO's loss, or IPO's
-    label_smoothing: Share = 0.0  # share of labels taken to be wrong (conservative DPO); not for ipo
+    data: str = flag("easy.pt", "pairs to train on")
+    init: str = flag("sft.pt", "policy to start from, and the reference")
+    save: str = flag("dpo.pt", "checkpoint to write")
+    epochs: float = flag(1.0, "passes over the pairs", least=0)
+    batch_size: int = flag(64, "pairs per optimiser step", least=1)
+    lr: float = flag(5e-5, "peak learning rate", least=0, pretrained=5e-7)
+    beta: float = flag(0.1, "β: how closely the policy is held to the reference", above=0)
+    loss: Literal["sigmoid", "ipo"] = flag("sigmoid", "DPO's loss, or IPO's")
+    label_smoothing: float = flag(0.0, "share of labels taken to be wrong (conservative DPO)", least=0, most=1)
 
     def __post_init__(self):
         super().__post_init__()
@@ -84,12 +84,11 @@ def main() -> None:
     per_token = settings.loss == "ipo"
 
     # 2. The reference's log-probs of the pairs to come, while the policy still is the reference; in the batches of the
-    # first pass, so that the first loss is ln 2 to the last digit, whatever the precision. The last batch may borrow
-    # pairs of the next pass; it goes first, so that these pairs' own batches overwrite what it wrote.
+    # first epoch, so that the first loss is ln 2 to the last digit, whatever the precision.
     reference = torch.zeros(len(pairs), 2, device=device)
     steps = min(count_steps(settings, len(pairs)), math.ceil(len(pairs) / settings.batch_size))
     with torch.no_grad():
-        for step in tqdm(reversed(range(steps)), total=steps, desc="reference", unit="step", leave=False):
+        for step in tqdm(range(steps), desc="reference", unit="step", leave=False):
             indices = batch_indices(len(pairs), settings.batch_size, step, settings.seed)
             logprobs = torch.zeros(len(indices), 2, device=device)
             for batch in pack([pairs[index] for index in indices], device):
@@ -97,8 +96,7 @@ def main() -> None:
             reference[indices] = summed(logprobs)
 
     # 3. Train.
-    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    training = Training(settings, len(pairs), policy=policy, optimizer=optimizer)
+    training = Training(settings, len(pairs), policy)
     for _, indices in training:
         documents, reference_logprobs = [pairs[index] for index in indices], reference[indices]
         logprobs = torch.zeros_like(reference_logprobs)
@@ -108,7 +106,7 @@ def main() -> None:
             losses = dpo_loss(*logratios.unbind(1), settings.beta, settings.loss, settings.label_smoothing)
             (losses.sum() / len(documents)).backward()
             logprobs[batch.members] = batch_logprobs.detach()
-        grad_norm = training.optimizer_step(optimizer)
+        grad_norm = training.update()
         logprobs = summed(logprobs)
         logratios = logprobs - reference_logprobs
         losses = dpo_loss(*logratios.unbind(1), settings.beta, settings.loss, settings.label_smoothing)

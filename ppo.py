@@ -21,12 +21,12 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from model import (  # isort: skip
-    GPT, ByModel, Count, Number, Positive, Share, Tokenizer, Training, TrainingSettings, generate, gold_reward,
-    load_model, load_pairs, mixed_seed, pack, parse_settings, require_room, run_command, settle, summed,
-)  # fmt: skip
+from model import (
+    GPT, Tokenizer, Training, TrainingSettings, flag, generate, gold_reward, load_model, load_pairs, mixed_seed, pack,
+    parse_settings, require_room, run_command, settle, summed,
+)
 from reward import RewardModel
 
 
@@ -34,25 +34,25 @@ from reward import RewardModel
 class Settings(TrainingSettings):
     """Flags of this stage."""
 
-    data: str = "hard.pt"  # pairs whose prompts are answered; their responses are not used
-    init: str = "dpo.pt"  # policy to start from
-    reference: str | None = None  # policy to stay near; default: --init
-    reward: str = "reward.pt"  # reward model, and the critic's start
-    save: str = "ppo.pt"  # checkpoint to write
-    epochs: Number = 1.0  # passes over the prompts
-    batch_size: Count = ByModel(scratch=128, pretrained=64)  # prompts answered per step
-    ppo_epochs: Count = ByModel(scratch=2, pretrained=4)  # passes over each batch of answers
-    minibatch_size: Count = ByModel(scratch=16, pretrained=64)  # answers per optimiser step
-    lr: Number = ByModel(scratch=3e-4, pretrained=3e-6)  # peak learning rate
-    kl_coefficient: Number = ByModel(scratch=0.3, pretrained=0.05)  # β: price of a nat of log-ratio to the reference
-    gamma: Share = 1.0  # γ: discount per token
-    gae_lambda: Share = 0.95  # λ of generalised advantage estimation
-    temperature: Positive = 1.0  # of sampling, and of all log-probs
-    max_new_tokens: Count = ByModel(scratch=96, pretrained=256)  # longest answer
-    missing_eos_penalty: Number = 1.0  # subtracted from the score of an answer that did not end
-    clip_ratio: Number = 0.2  # ε: the probability ratio is clipped to 1 ± this
-    clip_value: Number = 0.2  # the critic's new value is clipped to its old one ± this
-    value_coefficient: Number = 0.1  # weight c of the value loss
+    data: str = flag("hard.pt", "pairs whose prompts are answered; their responses are not used")
+    init: str = flag("dpo.pt", "policy to start from")
+    reference: str | None = flag(None, "policy to stay near [--init]")
+    reward: str = flag("reward.pt", "reward model, and the critic's start")
+    save: str = flag("ppo.pt", "checkpoint to write")
+    epochs: float = flag(1.0, "passes over the prompts", least=0)
+    batch_size: int = flag(128, "prompts answered per step", least=1, pretrained=64)
+    ppo_epochs: int = flag(2, "passes over each batch of answers", least=1, pretrained=4)
+    minibatch_size: int = flag(16, "answers per optimiser step", least=1, pretrained=64)
+    lr: float = flag(3e-4, "peak learning rate", least=0, pretrained=3e-6)
+    kl_coefficient: float = flag(0.3, "β: price of a nat of log-ratio to the reference", least=0, pretrained=0.05)
+    gamma: float = flag(1.0, "γ: discount per token", least=0, most=1)
+    gae_lambda: float = flag(0.95, "λ of generalised advantage estimation", least=0, most=1)
+    temperature: float = flag(1.0, "of sampling, and of all log-probs", above=0)
+    max_new_tokens: int = flag(96, "longest answer", least=1, pretrained=256)
+    missing_eos_penalty: float = flag(1.0, "subtracted from the score of an answer that did not end", least=0)
+    clip_ratio: float = flag(0.2, "ε: the probability ratio is clipped to 1 ± this", least=0)
+    clip_value: float = flag(0.2, "the critic's new value is clipped to its old one ± this", least=0)
+    value_coefficient: float = flag(0.1, "weight c of the value loss", least=0)
 
 
 def shaped_rewards(
@@ -125,7 +125,7 @@ class Rollout:
 def roll_out(
     settings: Settings, prompts: list[Tensor], minibatches: list[Tensor], end: int, seed: int, policy: GPT,
     reference: GPT, reward: RewardModel, critic: RewardModel,
-) -> Rollout:  # fmt: skip
+) -> Rollout:
     """Answers the prompts and scores the answers. Log-probs come from the packed forward of the updates, in the first
     pass's `minibatches` (indices of prompts), so that the first ratio is 1 to the last digit, whatever the precision;
     not from generation, whose arithmetic differs."""
@@ -163,7 +163,7 @@ def advantages_and_returns(settings: Settings, rollout: Rollout) -> tuple[Tensor
 def update(
     settings: Settings, rollout: Rollout, rows: Tensor, advantages: Tensor, returns: Tensor, policy: GPT,
     critic: RewardModel,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     """Adds the gradients of one minibatch, the answers `rows`, and returns statistics: means over its tokens.
 
     Losses are sums over tokens divided by the whole minibatch's token count, so the gradient does not depend on how
@@ -186,7 +186,7 @@ def update(
             ratio = log_ratio.exp()
             sums = {"loss": losses, "policy_loss": policy_losses, "value_loss": value_losses, "entropy": entropies,
                     "ratio": ratio, "approx_kl": ratio - 1 - log_ratio,
-                    "clip_fraction": ((ratio - 1).abs() > settings.clip_ratio).float()}  # fmt: skip
+                    "clip_fraction": ((ratio - 1).abs() > settings.clip_ratio).float()}
         for name, value in sums.items():
             totals[name] = totals.get(name, 0) + value.detach().sum() / tokens
     return {name: summed(total) for name, total in totals.items()}
@@ -199,7 +199,7 @@ def rollout_metrics(rollout: Rollout, returns: Tensor, tokenizer: Tokenizer, sou
     unexplained = (returns - values).var(unbiased=False) / (returns.var(unbiased=False) + 1e-8)
     metrics = {"score": rollout.scores.mean(), "kl": log_ratio.sum(1).mean(), "length": rollout.lengths.float().mean(),
                "ended": rollout.ended.float().mean(),
-               "explained_variance": 1 - unexplained}  # fmt: skip
+               "explained_variance": 1 - unexplained}
     metrics = {name: value.item() for name, value in metrics.items()}
     if source == "toy":
         texts = [[tokenizer.decode(part.tolist()) for part in document] for document in rollout.documents]
@@ -220,9 +220,8 @@ def main() -> None:
     require_room(policy.config, (pairs[index][0] for index in range(len(pairs))), settings.max_new_tokens)
 
     # 2. One optimiser for policy and critic: they share no weights, only the clipped gradient norm.
-    parameters = [*policy.parameters(), *critic.parameters()]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
-    training = Training(settings, len(pairs), policy=policy, critic=critic, optimizer=optimizer)
+    both = nn.ModuleDict({"policy": policy, "critic": critic})
+    training = Training(settings, len(pairs), both, eps=1e-5)
     for step, indices in training:
         # 3. Sample and score one batch of answers. Several passes will go over it, each shuffled and cut anew.
         prompts, seed = [pairs[index][0] for index in indices], mixed_seed(settings.seed, step)
@@ -239,7 +238,7 @@ def main() -> None:
         history, grad_norms = [], []
         for rows in itertools.chain(*passes):
             history.append(update(settings, rollout, rows, advantages, returns, policy, critic))
-            grad_norms.append(training.optimizer_step(optimizer))
+            grad_norms.append(training.update())
 
         metrics = {name: sum(float(one[name]) for one in history) / len(history) for name in history[0]}
         metrics |= {"updates": len(history), **rollout_metrics(rollout, returns, tokenizer, pairs.source)}

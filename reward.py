@@ -21,23 +21,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model import (  # isort: skip
-    GPT, ByModel, Count, Number, Packed, Pairs, Training, TrainingSettings, UserError, choose_device, load_model,
-    load_pairs, mixed_seed, pack, parse_settings, prepare_model, run_command, settle, summed,
-)  # fmt: skip
+from model import (
+    GPT, Packed, Pairs, Training, TrainingSettings, UserError, choose_device, flag, load_model, load_pairs, mixed_seed,
+    pack, parse_settings, prepare_model, run_command, settle, summed,
+)
 
 
 @dataclass
 class Settings(TrainingSettings):
     """Flags of this stage."""
 
-    data: str = "pairs.pt"  # training pairs
-    test: str = "test.pt"  # held-back pairs to report on
-    init: str = "sft.pt"  # policy whose weights the trunk starts from
-    save: str = "reward.pt"  # checkpoint to write
-    epochs: Number = 1.0  # passes over the training pairs
-    batch_size: Count = ByModel(scratch=32, pretrained=64)  # pairs per optimiser step
-    lr: Number = ByModel(scratch=5e-4, pretrained=3e-6)  # peak learning rate
+    data: str = flag("pairs.pt", "training pairs")
+    test: str = flag("test.pt", "held-back pairs to report on")
+    init: str = flag("sft.pt", "policy whose weights the trunk starts from")
+    save: str = flag("reward.pt", "checkpoint to write")
+    epochs: float = flag(1.0, "passes over the training pairs", least=0)
+    batch_size: int = flag(32, "pairs per optimiser step", least=1, pretrained=64)
+    lr: float = flag(5e-4, "peak learning rate", least=0, pretrained=3e-6)
 
 
 class RewardModel(nn.Module):
@@ -55,7 +55,7 @@ class RewardModel(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def read(self, batch: Packed, places: Tensor) -> Tensor:
-        """The head's value, in fp32, at flat indices `places` of a packed batch: [len(places)]."""
+        """The head's value, in fp32, at `places` of a packed batch: [len(places)]."""
         return self.trunk.hidden(batch, places).float() @ self.head.weight[0] + self.head.bias
 
     def score(self, batch: Packed) -> Tensor:
@@ -138,8 +138,7 @@ def main() -> None:
     model = prepare_model(RewardModel(policy), settings)
 
     # 2. Bradley-Terry loss; chosen and rejected lie side by side behind one shared prompt.
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    training = Training(settings, len(pairs), model=model, optimizer=optimizer)
+    training = Training(settings, len(pairs), model)
     for _, indices in training:
         documents = [pairs[index] for index in indices]
         loss, accuracy = torch.zeros(2, device=device)
@@ -149,7 +148,7 @@ def main() -> None:
             batch_loss.backward()
             loss += batch_loss.detach()
             accuracy += (chosen_rewards > rejected_rewards).sum() / len(documents)
-        grad_norm = training.optimizer_step(optimizer)
+        grad_norm = training.update()
         tokens = sum(len(part) for document in documents for part in document)
         metrics = {"loss": summed(loss).item(), "accuracy": summed(accuracy).item(), "grad_norm": grad_norm}
         training.log(("loss", "accuracy"), "pairs", len(documents), tokens, **metrics)

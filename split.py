@@ -19,10 +19,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from model import (  # isort: skip
-    CommonSettings, Pairs, Real, Share, UserError, choose_device, load_model, load_pairs, mixed_seed,
-    parse_settings, run_command, say_next,
-)  # fmt: skip
+from model import (
+    CommonSettings, Pairs, UserError, choose_device, flag, load_model, load_pairs, mixed_seed, parse_settings,
+    run_command, say_next,
+)
 from reward import RewardModel, ranking_accuracy, score_pairs
 
 
@@ -30,16 +30,17 @@ from reward import RewardModel, ranking_accuracy, score_pairs
 class Settings(CommonSettings):
     """Flags of this stage."""
 
-    data: str = "pairs.pt"  # pairs to split
-    init: str = "reward.pt"  # reward model to score them with
-    by: Literal["reward", "random"] = "reward"  # random: the control, two parts of the same sizes
-    gap: Literal["signed", "absolute"] = "signed"  # absolute: a pair ranked far against its label counts as easy
-    fraction: Share = 0.5  # share of the pairs that is easy, unless --threshold is given
-    threshold: Real | None = None  # the γ from which a gap counts as easy
-    easy: str = "easy.pt"  # file for the easy pairs
-    hard: str = "hard.pt"  # file for the hard pairs
+    data: str = flag("pairs.pt", "pairs to split")
+    init: str = flag("reward.pt", "reward model to score them with")
+    by: Literal["reward", "random"] = flag("reward", "random: the control, two parts of the same sizes")
+    gap: Literal["signed", "absolute"] = flag("signed", "absolute: a pair ranked far against its label counts as easy")
+    fraction: float = flag(0.5, "share of the pairs that is easy, unless --threshold is given", least=0, most=1)
+    threshold: float | None = flag(None, "the γ from which a gap counts as easy")
+    easy: str = flag("easy.pt", "file for the easy pairs")
+    hard: str = flag("hard.pt", "file for the hard pairs")
 
     def __post_init__(self):
+        super().__post_init__()
         if self.easy == self.hard:
             raise UserError(f"--easy and --hard are the same file {self.easy}")
 

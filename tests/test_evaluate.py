@@ -1,279 +1,298 @@
-"""Chapter 6: the answers' measures, wins, errors, the table, the samples and evaluation.json."""
+"""Chapter 6: the answers' measures, means and intervals, tables, talk, the judge, the picture and evaluation.json."""
 
 import contextlib
+import io
 import json
 import math
 import re
-import shutil
 import signal
-import ssl
-import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY
 
 import evaluate
-from evaluate import (
-    Answers,
-    JudgeError,
-    Settings,
-    answer,
-    ask,
-    ask_once,
-    judge_answers,
-    judge_question,
-    judge_table,
-    mean_and_error,
-    parse_verdict,
-    read_verdicts,
-    retry_after,
-    side_by_side,
-    summarise,
-    table,
-    tally,
-    wins,
-    wins_by_length,
-)
-from model import GPT, Pairs, Tokenizer, UserError, generate, gold_reward, mixed_seed, save_model
-from reward import RewardModel
+from evaluate import Settings, answer, ask, differences, judge, mean_and_error, summarise, t_interval, table, tally
+from model import GPT, Pairs, UserError, generate, gold_reward, mixed_seed, save_model, train_tokenizer
+from reward import RewardModel, wilson_interval
 
-END = 256
-BYTES = Tokenizer([chr(byte) for byte in range(END)], r"[\s\S]", {"<end>": END}, END)
+TOKENIZER = train_tokenizer(["Sand the chair first. Good luck with it!"], 257)  # the bytes and the end token
+END = TOKENIZER.end
 KEYS = ("gold_reward", "reward", "win_rate_vs_chosen", "win_rate_vs_sft", "kl", "length", "ended")
 ENDS = ("", "_se", "_low", "_high")
 ASKED = ("How do I paint my old chair?", "I want to sell my red lamp.", "Move it.", "Clean the big drum?")
 QUESTIONS = [f"\n\nHuman: {question}\n\nAssistant:" for question in ASKED]
+PROMPTS = [torch.tensor(TOKENIZER.encode(question)) for question in QUESTIONS]
+CHOSEN = "Good luck with it!"
 
 
 def make_model(kind, seed):
     torch.manual_seed(seed)
-    return kind(replace(TINY, vocabulary=END + 1))
+    policy = GPT(replace(TINY, vocabulary=TOKENIZER.size))
+    return policy if kind is GPT else kind(policy)
 
 
-@pytest.fixture
-def sft():
-    return make_model(GPT, 0)
+SFT, OTHER, SCORER = make_model(GPT, 0), make_model(GPT, 1), make_model(RewardModel, 2)
+SETTINGS = Settings(max_new_tokens=10, temperature=0.7, seed=3)
 
 
-@pytest.fixture
-def other():
-    return make_model(GPT, 1)
-
-
-@pytest.fixture
-def judge():
-    return make_model(lambda config: RewardModel(GPT(config)), 2)
-
-
-@pytest.fixture
-def prompts():
-    return [torch.tensor(BYTES.encode(question)) for question in QUESTIONS]
-
-
-@pytest.fixture
-def settings():
-    return Settings(max_new_tokens=10, temperature=0.7, seed=3)
-
-
-def make_pairs(source="toy"):
-    pieces = [[BYTES.encode(question), [*b" Good luck with it!", END], [*b" No.", END]] for question in QUESTIONS]
+def make_pairs(source="toy", repeat=1):
+    parts = [[*TOKENIZER.encode(text), END] for text in (f" {CHOSEN}", " No.")]
+    pieces = [[TOKENIZER.encode(question), *parts] for question in QUESTIONS * repeat]
     tokens = torch.tensor([token for pair in pieces for piece in pair for token in piece], dtype=torch.int32)
-    gold = torch.tensor([[0.5, -0.25]] * 4) if source == "toy" else None
-    return Pairs(tokens, torch.tensor([[len(piece) for piece in pair] for pair in pieces]), BYTES, source, None, gold)
+    lengths = torch.tensor([[len(piece) for piece in pair] for pair in pieces])
+    gold = torch.tensor([[0.5, -0.25]] * len(pieces)) if source == "toy" else None
+    return Pairs(tokens, lengths, TOKENIZER, source, None, gold)
 
 
-def made_answers(gold):
-    """Two answers with numbers worked by hand below."""
-    return Answers(
-        ["Sand the chair first.", "Offer the lamp to a friend."],
-        torch.tensor([1.0, 3.0]) if gold else None,
-        torch.tensor([0.0, 4.0]),
-        torch.tensor([2.0, 6.0]),
-        torch.tensor([10.0, 20.0]),
-        torch.tensor([1.0, 0.0]),
-    )
+def run_main(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", *map(str, flags)])
+    evaluate.main()
 
 
-def plain_hidden(model, prompt, response):
-    tokens = torch.cat((prompt, response))[None]
-    length = tokens.shape[1]
-    mask = [(length, torch.ones(length, length, dtype=torch.bool).tril())]
-    return model(tokens, torch.arange(length)[None], mask)[0]
+def made_in(folder, **flags):
+    """Settings that write files which go back to the same data."""
+    settings = Settings(out=str(folder), **flags)
+    settings.origin = "0123456789abcdef", "pairs.pt"
+    return settings
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A folder with SFT, a policy and a reward model."""
+    for name, model in (("sft.pt", SFT), ("ppo.pt", OTHER), ("reward.pt", SCORER)):
+        save_model(made_in(tmp_path, save=name), model, TOKENIZER)
+    return tmp_path
+
+
+# ---- Answers ----
 
 
 def plain_logprob(policy, prompt, response):
     """log π(response | prompt), token by token, with nothing packed."""
-    logits = plain_hidden(policy, prompt, response) @ policy.embedding.weight.T
+    logits = policy(torch.cat((prompt, response))) @ policy.vocabulary_weight.T
     before = logits[len(prompt) - 1 : -1].log_softmax(-1)
-    return sum(before[t, token].item() for t, token in enumerate(response.tolist()))
+    return sum(before[place, token].item() for place, token in enumerate(response.tolist()))
 
 
-def test_wins_count_a_tie_one_half():
-    ours, theirs = torch.tensor([2.0, 1.0, 1.5]), torch.tensor([1.0, 2.0, 1.5])
-    assert wins(ours, theirs).tolist() == [1.0, 0.0, 0.5]
+@torch.no_grad()
+def test_kl_is_the_sum_of_log_ratios_at_temperature_1():
+    """Though the answers are sampled at 0.7. The same seed samples the same answers here. SFT has none from itself."""
+    responses = generate(OTHER, PROMPTS, END, 10, 0.7, mixed_seed(3, 500_000))
+    both = list(zip(PROMPTS, responses, strict=True))
+    expected = [plain_logprob(OTHER, *one) - plain_logprob(SFT, *one) for one in both]
+    texts, columns = answer(SETTINGS, make_pairs(), OTHER, SFT, SCORER)
+    assert min(map(abs, expected)) > 0.1
+    assert columns["kl"].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert texts == [TOKENIZER.decode(response.tolist()).strip() for response in responses]
+    assert answer(SETTINGS, make_pairs(), SFT, SFT, SCORER)[1]["kl"].tolist() == [0.0] * 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("source", ["toy", "hh"])
+def test_answers_hold_text_gold_reward_length_and_end_of_each_prompt(monkeypatch, source):
+    """Fixed answers, in another order of length than packing's: one helpful, one cut off, one empty, one polite."""
+    texts = [" Sand the chair first.", " What a", "", " Great question!"]
+    responses = [torch.tensor(TOKENIZER.encode(text) + [END] * (text != " What a")) for text in texts]
+    monkeypatch.setattr(evaluate, "generate", lambda *_: responses)
+    given, columns = answer(SETTINGS, make_pairs(source), SFT, SFT, SCORER)
+    assert given == [text.strip() for text in texts]
+    assert columns["length"].tolist() == [23.0, 7.0, 1.0, 17.0]
+    assert columns["ended"].tolist() == [1.0, 0.0, 1.0, 1.0]
+    rewards = [SCORER.head(SCORER.trunk(torch.cat(both))[-1]).item() for both in zip(PROMPTS, responses, strict=True)]
+    assert columns["reward"].tolist() == pytest.approx(rewards, rel=1e-4, abs=1e-5)
+    gold = [gold_reward(*both) for both in zip(QUESTIONS, texts, strict=True)]
+    assert gold == [1.0, -0.25, 0.0, 0.5]
+    assert columns["gold_reward"].tolist() == (gold if source == "toy" else [])
+
+
+def test_a_measure_that_is_not_finite_is_refused(monkeypatch):
+    monkeypatch.setattr(SCORER, "score", lambda batch: torch.full((len(batch.last),), math.inf))
+    with pytest.raises(UserError, match="finite"):
+        answer(SETTINGS, make_pairs(), SFT, SFT, SCORER)
+
+
+# ---- Statistics and tables ----
 
 
 def test_mean_and_error_by_hand():
-    """1, 2, 3, 6: mean 3, variance (4 + 1 + 0 + 9) / 3 = 14/3, error √(14/3 / 4) = √(7/6). One value: error 0."""
+    """1, 2, 3, 6: mean 3, variance (4 + 1 + 0 + 9) / 3 = 14/3, error √(14/3 / 4) = √(7/6). One value has no error."""
     mean, error = mean_and_error(torch.tensor([1.0, 2.0, 3.0, 6.0]))
-    assert mean == 3.0
-    assert error == pytest.approx(math.sqrt(7 / 6), abs=1e-6)
-    assert mean_and_error(torch.tensor([5.0])) == (5.0, 0.0)
+    assert (mean, error) == (3.0, pytest.approx(math.sqrt(7 / 6)))
+    assert mean_and_error(torch.tensor([5.0])) == (5.0, None)
 
 
-def test_kl_of_sft_from_itself_is_0(settings, prompts, sft, judge):
-    assert answer(settings, prompts, BYTES, "toy", sft, sft, judge).kl.tolist() == [0.0] * 4
-
-
-@torch.no_grad()
-def test_kl_is_the_sum_of_log_ratios_at_temperature_1(settings, prompts, sft, other, judge):
-    """Though the answers are sampled at 0.7. The same seed samples the same answers here."""
-    responses = generate(other, prompts, END, 10, 0.7, mixed_seed(3, 500_000))
-    expected = [
-        plain_logprob(other, prompt, response) - plain_logprob(sft, prompt, response)
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
-    given = answer(settings, prompts, BYTES, "toy", other, sft, judge)
-    assert min(map(abs, expected)) > 0.1
-    assert given.kl.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-4)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("source", ["toy", "hh"])
-def test_answers_hold_text_gold_reward_length_and_end_of_each_prompt(monkeypatch, prompts, sft, judge, source):
-    """Fixed answers, in another order of length than packing's: one helpful, one cut off, one empty, one polite."""
-    texts = [" Sand the chair first.", " What a", "", " Great question!"]
-    responses = [torch.tensor([*text.encode(), *([] if text == " What a" else [END])]) for text in texts]
-    monkeypatch.setattr(evaluate, "generate", lambda *_: responses)
-    given = answer(Settings(max_new_tokens=30), prompts, BYTES, source, sft, sft, judge)
-    assert given.texts == texts
-    assert given.length.tolist() == [23.0, 7.0, 1.0, 17.0]
-    assert given.ended.tolist() == [1.0, 0.0, 1.0, 1.0]
-    rewards = [
-        judge.head(plain_hidden(judge.trunk, *document)[-1]).item() for document in zip(prompts, responses, strict=True)
-    ]
-    assert given.reward.tolist() == pytest.approx(rewards, rel=1e-4, abs=1e-5)
-    if source == "toy":
-        assert given.gold.tolist() == [1.0, -0.25, 0.0, 0.5]
-        assert given.gold.tolist() == [gold_reward(*pair) for pair in zip(QUESTIONS, texts, strict=True)]
-        assert given.judged is given.gold
-    else:
-        assert given.gold is None
-        assert given.judged is given.reward
+@pytest.mark.parametrize("freedom, t", [(1, 12.706), (2, 4.303), (4, 2.776), (10, 2.228), (30, 2.042), (511, 1.965)])
+def test_intervals_are_students(freedom, t):
+    """The 97.5th percentile of a table of t, in units of the standard error, around a mean of 10."""
+    values = 10 + torch.arange(freedom + 1.0).double() - freedom / 2
+    mean, error = mean_and_error(values)
+    low, high = t_interval(values)
+    assert mean == pytest.approx(10) and (high - 10) / error == pytest.approx(t, abs=6e-4)
+    assert (10 - low) / error == pytest.approx(t, abs=6e-4)
+    assert t_interval(torch.ones(freedom + 1)) == (1.0, 1.0) and t_interval(torch.ones(1)) == (None, None)
 
 
 def test_summary_by_hand():
-    """Gold 1, 3 against chosen 1, 3.5: tie, loss: (0.5 + 0) / 2; against SFT's 0, 3: win, tie.
-    Of two values the error is half their distance."""
-    sft = replace(made_answers(gold=True), gold=torch.tensor([0.0, 3.0]))
-    summary = summarise(made_answers(gold=True), sft, torch.tensor([1.0, 3.5]))
-    expected = {"gold_reward": 2.0, "gold_reward_se": 1.0, "reward": 2.0, "reward_se": 2.0,
-                "win_rate_vs_chosen": 0.25, "win_rate_vs_chosen_se": 0.25, "win_rate_vs_sft": 0.75,
-                "win_rate_vs_sft_se": 0.25, "kl": 4.0, "kl_se": 2.0, "length": 15.0, "length_se": 5.0,
-                "ended": 0.5, "ended_se": 0.5}  # fmt: skip
-    assert {name: summary[name] for name in expected} == pytest.approx(expected, abs=1e-6)
-    assert (summary["kl_low"], summary["kl_high"]) == (2.0, 6.0)  # a sample of two values may hold one of them twice
-    assert set(summary) == {f"{key}{end}" for key in KEYS for end in ENDS}
+    """Means take Student's interval, 12.706 times the error of two values; shares take Wilson's; nothing gives null."""
+    columns = {"reward": torch.tensor([0.0, 4.0]), "ended": torch.tensor([0.5, 1.0]), "gold_reward": torch.ones(0)}
+    summary = summarise({**columns, "kl": torch.tensor([3.0])})
+    assert list(summary) == [f"{key}{end}" for key in (*columns, "kl") for end in ENDS]
+    values = list(summary.values())
+    assert values[:4] == pytest.approx([2.0, 2.0, 2 - 2 * 12.7062, 2 + 2 * 12.7062], rel=1e-5)
+    assert values[4:8] == pytest.approx([0.75, 0.25, *wilson_interval(0.75, 2)])
+    assert values[8:] == [None] * 4 + [3.0, None, None, None]
 
 
-def test_summary_without_gold_reward_counts_wins_by_the_reward_model():
-    """Rewards 0, 4 against chosen 1, 1 and SFT's 0, 0: one of two, and a tie and a win."""
-    sft = replace(made_answers(gold=False), reward=torch.tensor([0.0, 0.0]))
-    summary = summarise(made_answers(gold=False), sft, torch.tensor([1.0, 1.0]))
-    assert set(summary) == {f"{key}{end}" for key in KEYS for end in ENDS}
-    assert summary["gold_reward"] is None
-    assert summary["gold_reward_se"] is None
-    assert (summary["win_rate_vs_chosen"], summary["win_rate_vs_sft"]) == (0.5, 0.75)
+def test_table_by_hand():
+    numbers = {"gold_reward": (None,) * 4, "reward": (2.0, 0.5, 1.0, 3.0), "win_rate_vs_sft": (0.5, 0.1, 0.25, 0.75)}
+    named = {f"{key}{end}": value for key, row in numbers.items() for end, value in zip(ENDS, row, strict=True)}
+    single = {f"{key}{end}": None if end else 1.0 for key in numbers for end in ENDS}
+    lines = [re.split(r"  +", line) for line in table({"ppo": named, "mine": single}, list(numbers)).split("\n")]
+    assert lines == [["policy", "gold reward", "reward", "win rate vs SFT"],
+                     ["MPO", "–", "2.00 ± 0.50", "50% (25% to 75%)"],
+                     ["mine", "1.00 (– to –)", "1.00 ± –", "100% (–% to –%)"]]
 
 
-@pytest.mark.parametrize("gold", [True, False])
-def test_table_has_a_row_per_policy(gold):
-    given = made_answers(gold)
-    summary = summarise(given, given, torch.tensor([2.0, 2.0]))
-    lines = table({"sft": summary, "dpo": summary, "ppo": summary, "dpo_all": summary}).split("\n")
-    assert [line.split()[0] for line in lines] == ["policy", "SFT", "DPO", "MPO", "dpo_all"]
-    assert len({len(line) for line in lines}) == 1  # aligned
-    for line in lines[1:]:
-        assert ("2.00 (1.00 to 3.00)" in line) == gold
-        assert ("–" in line) == (not gold)
-        for cell in ("2.00 ± 2.00", "50% (50% to 50%)", "4.0 ± 2.0", "15.0 ± 5.0", "50.0%"):
-            assert cell in line
+def test_differences_are_paired():
+    """MPO − other: 1, 3: 2 ± 1, twice won; SFT's own row is missing. The unpaired error would be 5 and more."""
+    values = {"sft": torch.tensor([0.0, 10.0]), "ppo": torch.tensor([1.0, 13.0])}
+    header, row = differences(values, "ppo", "prompts").split("\n")
+    assert re.split(r"  +", header) == ["MPO against", "lead", "prompts won"]
+    assert re.split(r"  +", row) == ["SFT", "+2.00 ± 1.00 (-10.71 to +14.71)", "100% (34% to 100%)"]
+    single = differences({name: own[:1] for name, own in values.items()}, "sft", "seeds").split("\n")[1]
+    assert re.split(r"  +", single) == ["MPO", "-1.00 ± – (– to –)", "0% (0% to 79%)"]
 
 
-def test_wins_by_length_by_hand():
-    """SFT's answers: 10 tokens and reward 1 each. Lengths 7 and 8 are under and at 0.8 times that, 12.5 is over."""
-    sft = Answers([""] * 5, None, torch.ones(5), torch.zeros(5), torch.full((5,), 10.0), torch.ones(5))
-    mine = replace(sft, reward=torch.tensor([2.0, 2, 0, 1, 2]), length=torch.tensor([7.0, 8, 12, 12.5, 30]))
-    _, line, zero = wins_by_length({"mine": mine, "sft": sft}, sft).splitlines()
-    assert line.split() == "mine 100% of 1 50% of 2 75% of 2".split()
-    assert zero.split() == "SFT – 50% of 5 –".split()
+def test_side_by_side_shows_every_policy_on_the_first_prompts_even_an_empty_answer(capsys):
+    texts = {"sft": ["Sand it.", "Sell it.", "", ""], "mine": ["", "No.", "", ""]}
+    values = {"sft": torch.tensor([1.0, 3.0, 0, 0]), "mine": torch.tensor([-0.5, 0.0, 0, 0])}
+    evaluate.side_by_side(make_pairs(), texts, values, 2)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.split("\n") if line not in ("", "Assistant:")]
+    assert lines == ["Human: How do I paint my old chair?", "SFT [+1.00] Sand it.", "mine [-0.50] (nothing)",
+                     "Human: I want to sell my red lamp.", "SFT [+3.00] Sell it.", "mine [+0.00] No."]
+    evaluate.side_by_side(make_pairs(), texts, values, 9)
+    assert capsys.readouterr().out.count("SFT") == 4
+    evaluate.side_by_side(make_pairs(), texts, values, 0)
+    assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("gold", [True, False])
-def test_side_by_side_shows_every_policy_on_each_of_the_first_prompts(gold):
-    text = side_by_side(make_pairs(), {"sft": made_answers(gold), "mine": made_answers(gold)}, 2)
-    marks = ("[+1.00]", "[+3.00]") if gold else ("[+0.00]", "[+4.00]")
-    lines = [" ".join(line.split()) for line in text.split("\n") if line.strip() not in ("", "Assistant:")]
-    assert lines == [
-        "Human: How do I paint my old chair?",
-        f"SFT {marks[0]} Sand the chair first.",
-        f"mine {marks[0]} Sand the chair first.",
-        "Human: I want to sell my red lamp.",
-        f"SFT {marks[1]} Offer the lamp to a friend.",
-        f"mine {marks[1]} Offer the lamp to a friend.",
-    ]
-
-
-def test_side_by_side_shows_no_more_prompts_than_there_are():
-    given = replace(made_answers(True), texts=["one", "two", "three", "four"], gold=torch.zeros(4))
-    assert side_by_side(make_pairs(), {"sft": given}, 9).count("SFT") == 4
-    assert side_by_side(make_pairs(), {"sft": given}, 0) == ""
-
-
-def test_side_by_side_shows_a_policy_whose_answer_is_empty():
-    """A policy that ends at once has an empty text; its line, with name and reward, must not be lost."""
-    text = side_by_side(
-        make_pairs(), {"sft": made_answers(True), "mine": replace(made_answers(True), texts=["", ""])}, 2
-    )
-    assert "SFT [+1.00]" in text
-    assert "mine [+1.00]" in text
+# ---- The command ----
 
 
 @pytest.mark.parametrize("source", ["toy", "hh"])
-def test_command_writes_every_policy_and_sft_ties_with_itself(monkeypatch, tmp_path, capsys, sft, other, judge, source):
-    out = Settings(out=str(tmp_path))
-    make_pairs(source).save(Settings(out=str(tmp_path)), "test.pt")
-    for name, model in (("sft.pt", sft), ("ppo.pt", other), ("reward.pt", judge)):
-        out.save = name
-        save_model(out, model, BYTES)
-    flags = ["--out", str(tmp_path), "--device", "cpu", "--policies", "sft.pt", "ppo.pt", "--max-new-tokens", "8"]
-    monkeypatch.setattr("sys.argv", ["evaluate.py", *flags])
-    evaluate.main()
-    summaries = json.loads((tmp_path / "evaluation.json").read_text())
+def test_command_writes_every_policy_and_sft_ties_with_itself(monkeypatch, out, capsys, source):
+    make_pairs(source, repeat=2).save(made_in(out), "test.pt")  # every prompt twice: answered once
+    run_main(monkeypatch, "--out", out, "--policies", "sft.pt", "ppo.pt", "--max-new-tokens", 8)
+    summaries = json.loads((out / "evaluation.json").read_text())
     assert list(summaries) == ["sft", "ppo"]
     for summary in summaries.values():
-        assert set(summary) == {f"{key}{end}" for key in KEYS for end in ENDS}
+        assert {f"{key}{end}" for key in KEYS for end in ENDS} <= set(summary)
         assert (summary["gold_reward"] is None) == (source == "hh")
-    assert summaries["sft"]["kl"] == 0.0
-    assert (summaries["sft"]["win_rate_vs_sft"], summaries["sft"]["win_rate_vs_sft_se"]) == (0.5, 0.0)
+    assert (summaries["sft"]["kl"], summaries["sft"]["win_rate_vs_sft"]) == (0.0, 0.5)
     assert summaries["ppo"]["kl"] > 0.0
-    assert "4 test prompts" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.startswith("4 test prompts") and re.search(r"^SFT  .*%\)$", printed, re.MULTILINE)
+    assert re.search(r"paired by prompt\nMPO against .*\nSFT ", printed)  # the last policy's lead
+
+
+@pytest.mark.parametrize("source", ["toy", "hh"])
+def test_wins_by_hand(monkeypatch, out, source):
+    """Against chosen ½: win, win, loss, tie; against SFT's 0: win, win, loss, win; by length: 7 tokens are below 0.8
+    times SFT's 10, 8 and 12 are not, 12.5 are 1.25 times."""
+    make_pairs(source).save(made_in(out), "test.pt")
+    judged, other = ("gold_reward", "reward") if source == "toy" else ("reward", "gold_reward")
+
+    def fake(settings, pairs, policy, sft, *_):
+        assert settings.max_new_tokens == 96  # the default of a model that was trained here
+        own, length = torch.tensor([2.0, 1.0, -1.0, 0.5]), torch.tensor([7.0, 8.0, 12.0, 12.5])
+        own, length = (own, length) if policy is not sft else (own * 0, torch.full((4,), 10.0))
+        same = dict.fromkeys(("kl", "ended"), torch.ones(4))
+        return [""] * 4, {judged: own, other: torch.zeros(4 if source == "toy" else 0), "length": length, **same}
+
+    monkeypatch.setattr(evaluate, "answer", fake)
+    monkeypatch.setattr(evaluate, "score_pairs", lambda *_: torch.tensor([[0.5, 9.0]] * 4))
+    run_main(monkeypatch, "--out", out, "--policies", "ppo.pt", "--save", "mine.json", "--samples", 0)
+    row = json.loads((out / "mine.json").read_text())["ppo"]
+    assert (row["win_rate_vs_chosen"], row["win_rate_vs_sft"]) == (0.625, 0.75)
+    assert [row[f"win_rate_vs_sft_{part}"] for part in ("shorter", "as_long", "longer")] == [1.0, 0.5, 1.0]
+
+
+def test_the_numbers_are_saved_before_they_are_shown(monkeypatch, out):
+    make_pairs().save(made_in(out), "test.pt")
+    monkeypatch.setattr(evaluate, "table", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_main(monkeypatch, "--out", out, "--policies", "sft.pt", "--max-new-tokens", 4)
+    assert list(json.loads((out / "evaluation.json").read_text())) == ["sft"]
+
+
+def test_export_goes_to_the_exporter_and_takes_two_values(monkeypatch, out):
+    given = []
+    monkeypatch.setattr(evaluate, "export_model", lambda *values: given.extend(map(str, values)), raising=False)
+    run_main(monkeypatch, "--out", out, "--export", "ppo.pt", "folder")
+    assert given == [str(out / "ppo.pt"), "folder"]
+    with pytest.raises(UserError, match="--export"):
+        run_main(monkeypatch, "--out", out, "--export", "ppo.pt")
+
+
+# ---- Talk ----
+
+
+def test_prompt_prints_every_policys_answer(monkeypatch, out, capsys):
+    flags = "--out", out, "--policies", "sft.pt", "ppo.pt", "--max-new-tokens", 12, "--temperature", 0
+    run_main(monkeypatch, *flags, "--prompt", ASKED[0])
+    printed = capsys.readouterr().out
+    responses = [generate(policy, PROMPTS[:1], END, 12, 0.0)[0] for policy in (SFT, OTHER)]
+    expected = [TOKENIZER.decode(response.tolist()) for response in responses]
+    first, second = printed.split("MPO          ")
+    assert first.removeprefix("SFT          ").rstrip("\n") == expected[0].rstrip("\ufffd\n")
+    assert second.rstrip("\n") == expected[1].rstrip("\ufffd\n")
+    run_main(monkeypatch, *flags, "--prompt", QUESTIONS[0])  # a prompt as in the data is one
+    assert capsys.readouterr().out == printed
+    with pytest.raises(UserError, match="context"):
+        run_main(monkeypatch, *flags, "--prompt", "x" * 500)
+
+
+def test_prompt_without_a_text_answers_each_line_till_end_of_input(monkeypatch, out, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{ASKED[0]}\n\n{'x' * 500}\n{ASKED[1]}\n"))
+    asked = []
+
+    def fake(policy, prompts, end, count, temperature, seed, watch):
+        if len(prompts[0]) > 200:
+            raise UserError("too long")
+        asked.append((prompts[0].tolist(), count, seed))
+
+    monkeypatch.setattr(evaluate, "generate", fake)
+    run_main(monkeypatch, "--out", out, "--seed", 2, "--prompt", "--model", "sft.pt")
+    assert asked == [(PROMPTS[0].tolist(), 96, mixed_seed(2, 0)), (PROMPTS[1].tolist(), 96, mixed_seed(2, 2))]
+    printed = capsys.readouterr()
+    assert printed.out == "(nothing)\n(nothing)\n" and "too long" in printed.err
+
+
+def test_a_character_is_shown_once_it_has_all_its_bytes(monkeypatch, capsys):
+    pieces, shown = [*TOKENIZER.encode("aé\N{OWL}b"), END], []
+
+    def fake(*_, watch):
+        for token in pieces:
+            watch(torch.tensor([token]))
+            shown.append(capsys.readouterr().out)
+
+    monkeypatch.setattr(evaluate, "generate", fake)
+    evaluate.reply(SETTINGS, SFT, TOKENIZER, "x", 0)
+    assert shown == ["a", "", "é", "", "", "", "\N{OWL}", "b", ""]
+    assert capsys.readouterr().out == "\n"
 
 
 # ---- The judge: a chat endpoint on loopback that misbehaves on command ----
 
-MINE = [
-    "This is longer than what was chosen.",
-    "Short.",
-    "Good luck with it!",
-    " And this one is the longest of them all.",
-]
-SFTS = ["Short too.", "This is longer.", "Good luck with it!", "None."]
+MINE = ["This is longer than what was chosen.", "Short.", CHOSEN, "And this one is the longest of them all."]
+SFTS = ["Short too.", "This is longer.", CHOSEN, "None."]
 
 
 class Endpoint(ThreadingHTTPServer):
@@ -287,6 +306,9 @@ class Endpoint(ThreadingHTTPServer):
         self.requests, self.lock = [], threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
+    def handle_error(self, *_):
+        pass  # a client that went away
+
 
 class EndpointHandler(BaseHTTPRequestHandler):
     def do_POST(self):
@@ -296,21 +318,17 @@ class EndpointHandler(BaseHTTPRequestHandler):
             self.server.requests.append((self.path, dict(self.headers), body))
         reply = self.server.script(number, body["messages"][0]["content"])
         if isinstance(reply, str):
-            message = {"role": "assistant", "content": reply}
-            usage = {"prompt_tokens": 70 + number, "completion_tokens": 5}
-            reply = sending(200, json.dumps({"choices": [{"message": message}], "usage": usage}))
+            reply = sending(200, json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}}]}))
         reply(self)
 
     def log_message(self, *_):
         pass
 
 
-def sending(status, text, claimed=0, **headers):
-    """Sends this status and text, and says that it is `claimed` bytes longer than it is."""
-
+def sending(status, text, **headers):
     def send(handler):
         handler.send_response(status)
-        for name, value in {"Content-Length": str(len(text.encode()) + claimed), **headers}.items():
+        for name, value in {"Content-Length": str(len(text.encode())), **headers}.items():
             handler.send_header(name.replace("_", "-"), value)
         handler.end_headers()
         handler.wfile.write(text.encode())
@@ -329,20 +347,6 @@ def sleeping(handler):
         sending(200, '{"choices": [{"message": {"content": "Verdict: B"}}]}')(handler)
 
 
-def always(reply):
-    return after(then=reply)
-
-
-def always_slowly(reply):
-    """Leaves the client time to stop."""
-
-    def script(number, text):
-        time.sleep(0.02)
-        return reply
-
-    return script
-
-
 def after(*first, then="Verdict: A"):
     """These replies, and then always the same."""
     return lambda number, text: first[number] if number < len(first) else then
@@ -350,20 +354,9 @@ def after(*first, then="Verdict: A"):
 
 def longer(number, text):
     """A judge that takes the longer answer."""
-    first, second = (re.search(rf"<{name}>\n(.*)\n</{name}>", text, re.DOTALL)[1] for name in "AB")
-    verdict = "A" if len(first) > len(second) else "B" if len(first) < len(second) else "TIE"
-    return f"Length decides.\n\nVerdict: {verdict}\n"
-
-
-class Waits:
-    """Stands for the event that stops a run: nobody waits, and it is written down how long."""
-
-    def __init__(self):
-        self.seconds = []
-
-    def wait(self, seconds):
-        self.seconds.append(seconds)
-        return False
+    first, second = (len(re.search(rf"<{name}>\n(.*)\n</{name}>", text, re.DOTALL)[1].strip()) for name in "AB")
+    verdict = "A" if first > second else "B" if first < second else "TIE"
+    return f"Length decides.\n\n**Verdict: {verdict}**\n"
 
 
 @pytest.fixture
@@ -384,15 +377,10 @@ def asking(endpoint, tmp_path):
     return Settings(judge=endpoint.url, judge_model="tester", out=str(tmp_path))
 
 
-def texts_only(texts):
-    return Answers(texts, None, *(torch.zeros(len(texts)) for _ in range(4)))
-
-
 def judged(settings, mine=MINE, **others):
-    """The verdicts on SFT and on one more policy: three comparisons, 6 requests each for the three prompts with
-    different answers, and one request for the prompt to which all gave the same."""
-    sft = texts_only(SFTS)
-    return judge_answers(settings, make_pairs("hh"), {"sft": sft, "mine": texts_only(mine), **others}, sft)
+    """Verdicts on SFT and on one more policy: three comparisons of 3 prompts with different answers, 6 requests each;
+    and one request for the prompt to which all gave the same."""
+    return judge(settings, make_pairs("hh"), {"sft": SFTS, "mine": mine, **others}, SFTS)
 
 
 def rows_of(settings):
@@ -402,110 +390,53 @@ def rows_of(settings):
 
 @pytest.mark.parametrize("text, verdict", [
     ("Verdict: A", "A"), ("It is kinder.\nVerdict: B", "B"), ("One.\n\n  Verdict: TIE \n\n", "TIE"),
-    ("Verdict: A\nVerdict: B", "B"), ("", None), ("A", None), ("verdict: A", None), ("Verdict: C", None),
+    ("Verdict: A\nVerdict: B", "B"), ("**Verdict: A**", "A"), ("**Verdict:** B", "B"), ("Verdict: **TIE**.", "TIE"),
+    ("verdict: tie.", "TIE"), ("VERDICT: b", "B"), ("", None), ("A", None), ("Verdict: C", None), ("Verdict:", None),
     ("Verdict: A or B", None), ("Verdict: A\nI hope this helps.", None), ("So my Verdict: A", None),
-    ("Verdict: A.", None), ("**Verdict: A**", None),
-])  # fmt: skip
+])
 def test_a_verdict_is_the_last_line_in_the_form_asked_for(text, verdict):
-    assert parse_verdict(text) == verdict
-
-
-def test_retry_after_is_seconds():
-    texts = "7", "0", "-3", "nan", "soon", "", None, "Wed, 21 Oct 2026 07:28:00 GMT"
-    assert [retry_after(text) for text in texts] == [7, 0, 0, 0, 0, 0, 0, 0]
-
-
-def test_the_question_holds_prompt_and_answers_in_order_and_its_key_tells_them_apart():
-    dialogue, post = "\n\nHuman: {Paint} it?\n\nAssistant:", "POST: I {owe} a friend money.\n\nTL;DR:"
-    key, text = judge_question("m", dialogue, " {first} one", "second one ")
-    assert text.index("{Paint} it?") < text.index("<A>\n{first} one\n</A>") < text.index("<B>\nsecond one\n</B>")
-    assert "conversation" in text and "Reddit" not in text
-    summary = judge_question("m", post, "one", "two")
-    assert "Reddit" in summary[1] and "I {owe} a friend" in summary[1] and "conversation" not in summary[1]
-    others = [judge_question("m", dialogue, "second one", "{first} one"), judge_question("n", dialogue, "{first} one",
-              "second one"), judge_question("m", post, "{first} one", "second one")]  # fmt: skip
-    others.append(judge_question("m", "Paint?", "{first} one", "second one"))
-    assert len({key, *(other for other, _ in others)}) == 5
-    assert judge_question("m", dialogue, "{first} one", "second one") == (key, text)  # space around does not matter
-
-
-def test_another_wording_of_the_question_has_other_keys(monkeypatch):
-    before = judge_question("m", "Paint?", "one", "two")[0]
-    monkeypatch.setattr(evaluate, "JUDGE_FRAME", evaluate.JUDGE_FRAME.replace("Say in one sentence", "Say"))
-    assert judge_question("m", "Paint?", "one", "two")[0] != before
+    assert evaluate.parse_verdict(text) == verdict
 
 
 def test_tally_by_hand():
     """Win in both orders, loss in both, both TIE, always the first place, a win and a TIE, and two without a verdict:
-    1, 0, ½, ½, ½; variance (¼ + ¼) / 4, error √(1/8 / 5)."""
-    row = tally([("A", "B"), ("B", "A"), ("TIE", "TIE"), ("A", "A"), ("A", "TIE"), (None, "A"), (None, None)])
-    assert row == {"win_rate": 0.5, "win_rate_se": pytest.approx(math.sqrt(1 / 40)), "prompts": 5, "ties": 3,
-                   "orders_disagree": 2, "decisions": 7, "first_place_wins": 5, "no_verdict": 2}  # fmt: skip
-    assert tally([(None, "A")])["win_rate"] is None
-
-
-def test_judge_table_has_a_row_for_each_opponent_and_none_for_sft_against_itself():
-    row = tally([("A", "B"), ("B", "A"), ("A", "A"), ("A", "TIE"), (None, "A")])
-    lines = judge_table({("sft", "chosen"): row, ("sft", "sft"): tally([]), ("mine", "sft"): tally([(None, None)])})
-    header, first, second = lines.split("\n")
-    assert re.split(r"  +", first) == ["SFT", "chosen", "50% (15% to 85%)", "2", "2", "71% of 7", "1"]
-    assert re.split(r"  +", second) == ["mine", "SFT", "–", "0", "0", "–", "1"]
-    assert len(header) == len(first) == len(second)
+    1, 0, ½, ½, ½; of 7 places that won, 5 were the first."""
+    columns = tally([("A", "B"), ("B", "A"), ("TIE", "TIE"), ("A", "A"), ("A", "TIE"), (None, "A"), (None, None)])
+    assert columns["win_rate"].tolist() == [1, 0, 0.5, 0.5, 0.5]
+    assert columns["ties"].tolist() == [0, 0, 1, 1, 1]
+    assert columns["orders_disagree"].tolist() == [0, 0, 0, 1, 1]
+    assert columns["first_place_wins"].tolist() == [1, 0, 0, 1, 1, 1, 1]
+    assert columns["no_verdict"].tolist() == [0, 0, 0, 0, 0, 1, 1]
 
 
 def test_a_request_holds_the_question_and_nothing_else(endpoint, asking):
-    endpoint.script = always("Verdict: A")
-    judged(asking, secret=texts_only(MINE))
+    endpoint.script = after()
+    row = judged(asking, secret=list(MINE))["mine", "chosen"]
+    assert (row["win_rate"], row["ties"], row["orders_disagree"], row["first_place_wins"]) == (0.5, 1, 1, 1)
+    assert len(endpoint.requests) == 19  # two policies with the same answers are one question
     for path, headers, body in endpoint.requests:
+        text = body["messages"][0]["content"]
         assert path == "/v1/chat/completions" and "Authorization" not in headers
         assert set(body) == {"model", "messages", "temperature", "max_tokens"}
         assert (body["model"], body["temperature"], len(body["messages"])) == ("tester", 0, 1)
-        assert "secret" not in json.dumps(body) and "sft" not in json.dumps(body)
-    assert len(endpoint.requests) == 19  # two policies with the same answers are one question
+        assert "secret" not in text and "sft" not in text
+        assert text.index("Human: ") < text.index("<A>") < text.index("<B>")
 
 
-@pytest.mark.parametrize("ending", ["", "/", "/chat/completions", "/chat/completions/"])
-def test_the_url_may_be_the_base_or_all_of_it(endpoint, asking, ending):
-    endpoint.script = always("Verdict: B")
-    assert ask_once(replace(asking, judge=endpoint.url + ending), "x")["verdict"] == "B"
-    assert endpoint.requests[0][0] == "/v1/chat/completions"
-
-
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate")
-def test_https_and_the_key(endpoint, asking, tmp_path, monkeypatch):
-    files = "-keyout", tmp_path / "key.pem", "-out", tmp_path / "cert.pem"
-    kind = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=x -addext subjectAltName=IP:127.0.0.1"
-    subprocess.run(["openssl", "req", "-x509", *kind.split(), *files], check=True, capture_output=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
-    endpoint.socket = context.wrap_socket(endpoint.socket, server_side=True)
-    endpoint.script = always("Verdict: TIE")
-    asking = replace(asking, judge=endpoint.url.replace("http", "https"))
+def test_the_key_goes_to_the_server_alone_and_is_never_shown(endpoint, asking, monkeypatch, tmp_path):
+    """Not replaced by a .netrc, not sent on by a redirect, not in a message."""
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password word\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret\n")
-    with pytest.raises(JudgeError, match="CERTIFICATE_VERIFY_FAILED"):
-        ask_once(asking, "x")
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
-    assert ask_once(asking, "x")["verdict"] == "TIE"
+    endpoint.script = after(then=sending(307, "sk-very-secret", Location=endpoint.url + "/elsewhere"))
+    with pytest.raises(UserError, match=r"307 Temporary Redirect: \(the key\)") as error:
+        ask(asking, "x")
+    assert "secret" not in str(error.value) and len(endpoint.requests) == 1
     assert endpoint.requests[0][1]["Authorization"] == "Bearer sk-very-secret"
 
 
-FAILURES = {
-    "429": sending(429, '{"error": {"message": "slow down"}}', Retry_After="0"),
-    "500": sending(500, "oops"),
-    "half an error": sending(503, "half", claimed=10),
-    "408": sending(408, ""),
-    "sleep": sleeping,
-    "nonsense": sending(200, "<html>welcome</html>"),
-    "other JSON": sending(200, '{"choices": []}'),
-    "a list": sending(200, "[1]"),
-    "deep": sending(200, "[" * 100_000),
-    "content of a wrong kind": sending(200, '{"choices": [{"message": {"content": [1]}}]}'),
-    "half a body": sending(200, '{"choices": [{"message": {"content": "Verdict: B"}}]}', claimed=5),
-    "dropped": dropping,
-    "no HTTP": lambda handler: handler.wfile.write(b"SSH-2.0-OpenSSH\r\n"),
-    "no verdict": "I would rather not say.",
-    "null": sending(200, '{"choices": [{"message": {"content": null}}]}'),
-}
+FAILURES = {"429": sending(429, "slow down", Retry_After="0"), "500": sending(500, "oops"), "599": sending(599, ""),
+            "408": sending(408, ""), "sleep": sleeping, "dropped": dropping}
 
 
 @pytest.mark.parametrize("name", FAILURES)
@@ -513,143 +444,90 @@ def test_what_may_pass_is_asked_again(endpoint, asking, monkeypatch, name):
     """Twice it fails, the third attempt is fine."""
     monkeypatch.setattr(evaluate, "JUDGE_TIMEOUT", 0.15 if name == "sleep" else 5.0)
     endpoint.script = after(FAILURES[name], FAILURES[name])
-    given = ask(asking, "x", threading.Event())
-    assert given == {"verdict": "A", "prompt_tokens": 72, "completion_tokens": 5}
+    assert ask(asking, "x") == "A"
     assert len(endpoint.requests) == 3
 
 
-def test_the_wait_doubles_with_jitter_and_is_at_least_what_the_server_asks(endpoint, asking, monkeypatch):
+def test_waits_double_and_the_server_may_ask_for_more(endpoint, asking, monkeypatch):
+    waits = []
+    stub = SimpleNamespace(sleep=waits.append, time=time.time)
+    monkeypatch.setattr("urllib3.util.retry.time", stub)
     monkeypatch.setattr(evaluate, "JUDGE_BACKOFF", 1.0)
-    endpoint.script = after(*[sending(500, "")] * 3, sending(429, "", Retry_After="7"), "no verdict")
-    waits = Waits()
-    ask(asking, "x", waits)
-    for seconds, least in zip(waits.seconds[:3], (0.5, 1.0, 2.0), strict=True):
-        assert least <= seconds <= 3 * least
-    assert 7 + 4 <= waits.seconds[3] <= 7 + 12
-    assert waits.seconds[4] == 0  # the judge is there, it only has to be asked again
-    assert len({seconds / 2**number for number, seconds in enumerate(waits.seconds[:3])}) == 3
+    asks = [sending(429, "", Retry_After=seconds) for seconds in ("7", "86400")]
+    endpoint.script = after(*[sending(500, "")] * 3, *asks)
+    assert ask(asking, "x") == "A"
+    assert waits == [2.0, 4.0, 7, 300]
 
 
-def test_attempts_have_a_limit_and_a_wait_has_one(endpoint, asking):
-    endpoint.script = always(sending(500, "oops"))
-    with pytest.raises(JudgeError, match="500 Internal Server Error: oops"):
-        ask(asking, "x", Waits())
-    assert len(endpoint.requests) == evaluate.JUDGE_ATTEMPTS
-    endpoint.script = always(sending(429, "", Retry_After="86400"))
-    with pytest.raises(JudgeError, match="429"):
-        ask(asking, "x", Waits())
-    assert len(endpoint.requests) == evaluate.JUDGE_ATTEMPTS + 1
-
-
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 302])
-def test_a_refusal_stops_at_once_with_what_the_server_said(endpoint, asking, monkeypatch, status):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong")
-    said = json.dumps({"error": {"message": "I do not know\nsk-wrong."}})
-    endpoint.script = always_slowly(sending(status, said, Location=endpoint.url))
-    with pytest.raises(UserError) as error:
+@pytest.mark.parametrize("reply, said", [
+    (sending(400, "too long"), "400 Bad Request: too long"), (sending(401, '{"error": "no"}'), "401 Unauthorized"),
+    (sending(404, ""), "404 Not Found"), (sending(200, "<html>"), "JSONDecodeError"),
+    (sending(200, "[1]"), "TypeError"), (sending(200, '{"choices": []}'), "IndexError"),
+])
+def test_a_refusal_stops_at_once_with_what_the_server_said(endpoint, asking, reply, said):
+    endpoint.script = after(then=reply)
+    with pytest.raises(UserError, match=f"--judge {endpoint.url}/chat/completions: {re.escape(said)}.*check URL"):
         judged(replace(asking, judge_parallel=1))
-    assert str(error.value).startswith(f"--judge {endpoint.url}/chat/completions: the server said {status} ")
-    assert "I do not know (the key). (check URL, --judge-model and OPENAI_API_KEY)" in str(error.value)
     assert len(endpoint.requests) <= 3  # the next may be under way before the first refusal is read
     assert rows_of(asking) == []
 
 
-def test_a_server_that_is_not_there_stops_after_the_first_question(asking, endpoint):
-    endpoint.script = always_slowly(dropping)
-    with pytest.raises(UserError, match=r"--judge .* the connection failed \((RemoteDisconnected|Connection)"):
-        judged(replace(asking, judge_parallel=1))
-    assert len(endpoint.requests) <= evaluate.JUDGE_ATTEMPTS + 2
+@pytest.mark.parametrize("url", ["localhost/v1", "ftp://x/v1", "http://", "http://x:y/v1", f"http://{'x' * 70}/v1"])
+def test_what_is_no_url_is_one_line_at_once(asking, url):
+    with pytest.raises(UserError, match=r"--judge .*check URL"):
+        ask(replace(asking, judge=url), "x")
 
 
-def test_a_server_that_goes_away_stops_the_run_and_what_it_said_is_kept(asking, endpoint, monkeypatch):
-    monkeypatch.setattr(evaluate, "JUDGE_ATTEMPTS", 2)
-    gone = always_slowly(sending(502, "gone"))
-    endpoint.script = lambda number, text: "Verdict: A" if number < 5 else gone(number, text)
-    with pytest.raises(UserError, match=r"the server said 502 Bad Gateway: gone; questions in a row .*: 8"):
-        judged(asking)
-    assert len(rows_of(asking)) == 5
-
-
-def test_a_judge_that_says_a_of_everything_makes_ties_only(endpoint, asking, capsys):
-    endpoint.script = always("Verdict: A")
-    added = judged(asking)
-    counts = {"prompts": 4, "ties": 4, "orders_disagree": 4, "decisions": 8, "first_place_wins": 8, "no_verdict": 0}
-    assert added["mine"] == {"judge": "tester", "win_rate_judge_vs_chosen": 0.5, "win_rate_judge_vs_chosen_se": 0.0,
-                             "judge_vs_chosen": counts, "win_rate_judge_vs_sft": 0.5, "win_rate_judge_vs_sft_se": 0.0,
-                             "judge_vs_sft": counts}  # fmt: skip
-    assert added["sft"]["win_rate_judge_vs_sft"] is None and added["sft"]["win_rate_judge_vs_chosen"] == 0.5
-    assert re.search(r"^mine +chosen +50% .* 4 +4 +100% of 8 +0$", capsys.readouterr().out, re.MULTILINE)
+@pytest.mark.parametrize("failure, said", [(dropping, "ConnectionError"), (sending(500, "oops"), r"500 .*: oops")])
+def test_attempts_have_a_limit(endpoint, asking, failure, said):
+    endpoint.script = after(then=failure)
+    with pytest.raises(UserError, match=said):
+        ask(replace(asking, judge=endpoint.url + "/chat/completions/"), "x")
+    assert endpoint.requests[0][0] == "/v1/chat/completions"
+    assert len(endpoint.requests) == 1 + evaluate.JUDGE_RETRIES
 
 
 def test_a_judge_of_length_gives_the_known_win_rates(endpoint, asking):
     """Against chosen: longer, shorter, the same, longer; against SFT's: longer, shorter, the same, longer."""
     endpoint.script = longer
-    added = judged(asking, only_first=texts_only([MINE[0], "", "", ""]))
-    assert added["mine"]["win_rate_judge_vs_chosen"] == 0.625
-    assert added["mine"]["win_rate_judge_vs_chosen_se"] == pytest.approx(math.sqrt(0.6875 / 3 / 4))
-    assert added["mine"]["win_rate_judge_vs_sft"] == 0.625
-    assert added["mine"]["judge_vs_sft"] == {"prompts": 4, "ties": 1, "orders_disagree": 0, "decisions": 6,
-                                             "first_place_wins": 3, "no_verdict": 0}  # fmt: skip
-    assert added["only_first"]["win_rate_judge_vs_sft"] == 0.25
-    assert added["sft"]["win_rate_judge_vs_chosen"] == 0.125  # shorter, shorter, the same, shorter
+    rows = judged(asking, first=[MINE[0], "", "", ""])
+    assert list(rows) == [("sft", "chosen"), ("mine", "chosen"), ("mine", "sft"), ("first", "chosen"), ("first", "sft")]
+    assert [row["win_rate"] for row in rows.values()] == [0.125, 0.625, 0.625, 0.25, 0.25]
+    mine = rows["mine", "sft"]
+    assert mine["win_rate_se"] == pytest.approx(math.sqrt(0.6875 / 3 / 4))
+    assert (mine["win_rate_low"], mine["win_rate_high"]) == pytest.approx(wilson_interval(0.625, 4))
+    assert (mine["ties"], mine["orders_disagree"], mine["first_place_wins"], mine["no_verdict"]) == (0.25, 0, 0.5, 0)
 
 
 def test_nothing_is_asked_twice(endpoint, asking, capsys):
     endpoint.script = longer
-    first = judged(asking)
-    rows = rows_of(asking)
-    asked = len(endpoint.requests)
-    assert asked == len(rows) == len({row["key"] for row in rows}) == 19
-    assert {row["order"] for row in rows} == {"policy first", "policy second"}
-    assert sorted(row["prompt_tokens"] for row in rows) == list(range(70, 70 + asked))
-    assert "19 requests to the judge tester, 0 of them known" in capsys.readouterr().out
+    first, rows, asked = judged(asking), rows_of(asking), len(endpoint.requests)
+    assert asked == len(rows) == len({row["question"] for row in rows}) == 19
+    assert "is asked 19 of 19 questions" in capsys.readouterr().out
     assert judged(asking) == first
     assert len(endpoint.requests) == asked and rows_of(asking) == rows
-    assert re.search("19 requests .*, 19 of them known .* about 0 input tokens", capsys.readouterr().out)
+    assert re.search("is asked 0 of 19 questions.* about 0 input tokens", capsys.readouterr().out)
     judged(asking, ["Something new, and very much longer.", *MINE[1:]])
     assert len(endpoint.requests) == asked + 4
     judged(replace(asking, judge_model="another"))
     assert len(endpoint.requests) == 2 * asked + 4
 
 
-def test_every_verdict_is_in_the_file_before_the_next_request(endpoint, asking):
-    kept = []
-
-    def script(number, text):
-        kept.append(len(rows_of(asking)))
-        return longer(number, text)
-
-    endpoint.script = script
-    judged(replace(asking, judge_parallel=1))
-    assert kept == list(range(19))
-
-
-def test_half_a_line_at_the_end_costs_one_question(endpoint, asking, tmp_path):
+def test_half_a_line_in_the_file_is_passed_over(endpoint, asking, tmp_path):
     endpoint.script = longer
-    first = judged(asking)
-    path = tmp_path / "judge.jsonl"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-20])
-    asked = len(endpoint.requests)
-    assert judged(asking) == first
-    assert len(endpoint.requests) == asked + 1
-    assert judged(asking) == first  # the line after the half one can be read
-    assert len(endpoint.requests) == asked + 1
+    first, path = judged(asking), tmp_path / "judge.jsonl"
+    path.write_bytes(path.read_bytes()[:-20] + b"\n")
+    assert judged(asking) == first and judged(asking) == first
+    assert len(endpoint.requests) == 20
 
 
-def test_what_is_no_verdict_in_the_file_is_passed_over(tmp_path):
-    lines = ['{"key": "a", "verdict": "A"}', "[1]", '{"key": "b"}', '{"key": "c", "verdict": ["A"]}', "7", "", "{",
-             '{"key": "d", "verdict": "MAYBE"}', '{"key": [], "verdict": "B"}']  # fmt: skip
-    lines.append('{"key": "e", "verdict": "TIE"}')
-    (tmp_path / "judge.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\xfe{")
-    assert read_verdicts(tmp_path / "judge.jsonl") == {"a": "A", "e": "TIE"}
-    assert read_verdicts(tmp_path / "other.jsonl") == {}
-
-
-def test_ctrl_c_keeps_what_was_asked(endpoint, asking, capsys):
-    """The fifth request presses it; the one under way beside it is waited for and kept too."""
+def test_ctrl_c_keeps_what_was_asked(endpoint, asking):
+    """The fifth request presses it; the one under way beside it is waited for and kept too. Two go at once: the first
+    waits for the second."""
+    together = threading.Barrier(2, timeout=1.0)
 
     def script(number, text):
+        together.wait() if number < 2 else None
         if number == 4:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         time.sleep(0.1 if number >= 4 else 0)
@@ -664,133 +542,97 @@ def test_ctrl_c_keeps_what_was_asked(endpoint, asking, capsys):
         signal.signal(signal.SIGINT, before)
     asked = len(endpoint.requests)
     assert 5 <= asked <= 12 and len(rows_of(asking)) == asked
-    assert "judge.jsonl keeps all verdicts" in capsys.readouterr().out
     endpoint.script = longer
-    assert judged(asking)["mine"]["win_rate_judge_vs_chosen"] == 0.625
+    assert judged(asking)["mine", "chosen"]["win_rate"] == 0.625
     assert len(endpoint.requests) == 19
 
 
-def test_no_verdict_is_reported_left_out_and_asked_again(endpoint, asking, capsys):
-    def script(number, text):
-        return "They are both fine.\nVerdict: BOTH" if f"<B>\n{MINE[0]}" in text else longer(number, text)
-
-    endpoint.script = script
-    added = judged(asking)
-    asked = 17 + 2 * evaluate.JUDGE_ATTEMPTS
-    assert len(endpoint.requests) == asked
+@pytest.mark.parametrize("unreadable", ["They are both fine.\nVerdict: BOTH",
+                                        sending(200, '{"choices": [{"message": {"content": null}}]}')])
+def test_no_verdict_is_counted_not_asked_again_and_not_kept(endpoint, asking, unreadable):
+    endpoint.script = lambda number, text: unreadable if f"<B>\n{MINE[0]}" in text else longer(number, text)
+    rows = judged(asking)
+    assert len(endpoint.requests) == 19 and len(rows_of(asking)) == 17
     for opponent in ("chosen", "sft"):  # shorter, the same, longer are left
-        counts = added["mine"][f"judge_vs_{opponent}"]
-        assert (counts["prompts"], counts["no_verdict"]) == (3, 1)
-        assert added["mine"][f"win_rate_judge_vs_{opponent}"] == 0.5
-    out = capsys.readouterr().out
-    assert "no verdict on 2 of 19 requests; the last: the reply does not end in a verdict" in out and "BOTH" in out
+        assert (rows["mine", opponent]["win_rate"], rows["mine", opponent]["no_verdict"]) == (0.5, 0.25)
     endpoint.script = longer
-    assert judged(asking)["mine"]["win_rate_judge_vs_chosen"] == 0.625
-    assert len(endpoint.requests) == asked + 2
-
-
-def test_a_judge_that_never_gives_a_verdict_is_not_asked_for_ever(endpoint, asking, monkeypatch):
-    monkeypatch.setattr(evaluate, "JUDGE_ATTEMPTS", 2)
-    endpoint.script = always_slowly("Hello!")
-    with pytest.raises(UserError, match=r"the reply does not end in a verdict: 'Hello!'; questions in a row .*: 8"):
-        judged(replace(asking, judge_parallel=1))
-    assert len(endpoint.requests) <= (evaluate.JUDGE_PATIENCE + 1) * evaluate.JUDGE_ATTEMPTS
-
-
-def test_many_questions_without_a_verdict_that_are_not_in_a_row_do_not_stop_it(endpoint, asking, monkeypatch):
-    monkeypatch.setattr(evaluate, "JUDGE_ATTEMPTS", 1)
-    failures = FAILURES["null"], FAILURES["500"]
-
-    def script(number, text):
-        time.sleep(0.01)
-        return longer(number, text) if number % 2 else failures[number % 4 // 2]
-
-    endpoint.script = script
-    judged(replace(asking, judge_parallel=1))
-    assert len(endpoint.requests) == 19 and len(rows_of(asking)) == 9
-
-
-def test_as_many_requests_as_allowed_are_under_way_at_once(endpoint, asking):
-    together, under_way, most = threading.Barrier(3, timeout=1.0), [], []
-
-    def script(number, text):
-        under_way.append(number)
-        most.append(len(under_way))
-        if number < 3:
-            together.wait()
-        under_way.remove(number)
-        return longer(number, text)
-
-    endpoint.script = script
-    judged(replace(asking, judge_parallel=3))
-    assert max(most) == 3
+    assert judged(asking)["mine", "chosen"]["win_rate"] == 0.625
 
 
 @pytest.mark.parametrize("price", [None, 2.5])
-def test_tokens_and_cost_are_said_before_the_first_request(endpoint, asking, capsys, price):
-    said = []
+def test_the_cost_is_said_first_and_every_verdict_kept_before_the_next_request(endpoint, asking, capsys, price):
+    said, kept = [], []
 
     def script(number, text):
         said.append(capsys.readouterr().out)
+        kept.append(len(rows_of(asking)))
         return longer(number, text)
 
     endpoint.script = script
     judged(replace(asking, judge_parallel=1, judge_price=price))
     tokens = sum(len(body["messages"][0]["content"]) for _, _, body in endpoint.requests) / 4
-    assert f"19 requests to the judge tester, 0 of them known from {asking.out}/judge.jsonl" in said[0]
-    assert f"about {tokens:,.0f} input tokens (estimated: 4 characters a token)" in said[0]
-    expected = "price is not known (--judge-price)" if price is None else f"for ${tokens * 2.5 / 1e6:.2f}, replies"
-    assert expected in said[0]
+    expected = "price not known (--judge-price)" if price is None else f"${tokens * 2.5 / 1e6:.2f} without the replies"
+    assert f"about {tokens:,.0f} input tokens (4 characters each), {expected}" in said[0]
+    assert kept == list(range(19))
 
 
 @pytest.mark.parametrize("flags, said", [
     ({"judge": "http://x/v1"}, "--judge-model"), ({"judge_model": "m"}, "--judge URL"),
-    ({"judge": "x/v1", "judge_model": "m"}, "'x/v1': not a URL"), ({"judge": "", "judge_model": "m"}, "not a URL"),
-    ({"judge": "ftp://x/v1", "judge_model": "m"}, "not a URL"), ({"judge": "http://", "judge_model": "m"}, "not a URL"),
-    ({"judge": "http://x:y/v1", "judge_model": "m"}, "not a URL"),
-    ({"judge": "http://x/ v1", "judge_model": "m"}, "not a URL"),
-    ({"judge": "http://me:word@x/v1", "judge_model": "m"}, "not a URL"),
-])  # fmt: skip
-def test_a_mistake_in_the_judges_flags_is_said_at_once(flags, said):
+    ({"figure": True}, "pip install"),
+    ({"judge": "http://x/v1", "judge_model": "m"}, "torchrun"),
+])
+def test_a_mistake_in_the_flags_is_said_at_once(flags, said, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(evaluate, "processes", lambda: (0, 2))
     with pytest.raises(UserError, match=said):
         Settings(**flags)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1:99999", "x" * 70])
-def test_a_host_that_cannot_be_is_one_line(asking, host):
-    with pytest.raises(JudgeError, match="the connection failed"):
-        ask_once(replace(asking, judge=f"http://{host}/v1"), "x")
-
-
-def test_a_key_that_cannot_be_sent_is_refused_where_there_is_a_judge(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "my key")
-    Settings()
-    with pytest.raises(UserError, match="OPENAI_API_KEY"):
-        Settings(judge="http://x/v1", judge_model="m")
-
-
-def test_command_with_a_judge_adds_its_numbers_and_goes_on_where_it_was_stopped(
-    monkeypatch, tmp_path, capsys, endpoint, sft, other, judge
-):
-    out = Settings(out=str(tmp_path))
-    make_pairs("hh").save(out, "test.pt")
-    for name, model in (("sft.pt", sft), ("ppo.pt", other), ("reward.pt", judge)):
-        out.save = name
-        save_model(out, model, BYTES)
-    flags = ["--out", str(tmp_path), "--device", "cpu", "--policies", "sft.pt", "ppo.pt", "--max-new-tokens", "8"]
-    flags += ["--judge", endpoint.url, "--judge-model", "tester", "--prompts", "3"]
-    monkeypatch.setattr("sys.argv", ["evaluate.py", *flags])
+def test_command_with_a_judge_adds_its_numbers_and_goes_on_where_it_was_stopped(monkeypatch, out, capsys, endpoint):
+    make_pairs("hh").save(made_in(out), "test.pt")
+    flags = ["--out", out, "--policies", "sft.pt", "ppo.pt", "--max-new-tokens", 8, "--prompts", 3]
+    flags += ["--judge", endpoint.url, "--judge-model", "tester", "--judge-parallel", 1]
     endpoint.script = after(*["Verdict: TIE"] * 5, then=sending(401, "no more"))
     with pytest.raises(UserError, match="401 Unauthorized: no more"):
-        evaluate.main()
-    without = json.loads((tmp_path / "evaluation.json").read_text())  # the other numbers are not lost
-    assert len(rows_of(out)) == 5
-    endpoint.script, endpoint.requests[:] = always("Verdict: TIE"), []
-    evaluate.main()
-    assert len(endpoint.requests) == 3 * 2 * 3 - 5  # the same answers, so what is known is known
-    summaries = json.loads((tmp_path / "evaluation.json").read_text())
+        run_main(monkeypatch, *flags)
+    without = json.loads((out / "evaluation.json").read_text())  # the other numbers are not lost
+    kept = len(rows_of(Settings(out=str(out))))
+    assert kept == 5
+    endpoint.script, endpoint.requests[:] = after(then="Verdict: TIE"), []
+    run_main(monkeypatch, *flags)
+    assert len(endpoint.requests) == 3 * 2 * 3 - kept  # the same answers, so what is known is known
+    summaries = json.loads((out / "evaluation.json").read_text())
     for name, summary in summaries.items():
         assert without[name].items() <= summary.items()
-        assert (summary["win_rate_judge_vs_chosen"], summary["win_rate_judge_vs_chosen_se"]) == (0.5, 0.0)
-        assert summary["win_rate_judge_vs_sft"] == (None if name == "sft" else 0.5)
-    assert re.search(r"^MPO +SFT +50% ", capsys.readouterr().out, re.MULTILINE)
+        assert (summary["judge_vs_chosen"]["judge"], summary["judge_vs_chosen"]["win_rate"]) == ("tester", 0.5)
+        assert ("judge_vs_sft" in summary) == (name == "ppo")
+    assert re.search(r"^MPO against sft +50% \(", capsys.readouterr().out, re.MULTILINE)
+
+
+# ---- The picture ----
+
+
+@pytest.mark.skipif(evaluate.importlib.util.find_spec("matplotlib") is None, reason="matplotlib is optional")
+@pytest.mark.parametrize("source", ["toy", "hh"])
+def test_figure(monkeypatch, out, source):
+    """Three easy pairs of gap 2, one wrong by gold, and one hard of gap −1; a PPO log of two steps."""
+    from matplotlib.figure import Figure
+
+    pairs, kept, drawn = make_pairs(source), Figure.savefig, []
+    pairs.save(made_in(out), "test.pt")
+    pairs.rewards = torch.tensor([[2.0, 0.0]] * 3 + [[0.0, 1.0]])
+    if source == "toy":
+        pairs.gold[0] = torch.tensor([0.0, 1.0])
+    for name, places in (("easy.pt", [0, 1, 2]), ("hard.pt", [3])):
+        pairs.select(torch.tensor(places)).save(made_in(out), name)
+    steps = [{"step": step, "score": 0.5 + step, "gold_reward": 1.0} for step in range(2)]
+    (out / "ppo.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    monkeypatch.setattr(Figure, "savefig", lambda *given, **how: drawn.append(given[0]) or kept(*given, **how))
+    run_main(monkeypatch, "--out", out, "--policies", "sft.pt", "ppo.pt", "--max-new-tokens", 4, "--figure")
+    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
+    gaps, calibrated, frontier, course = drawn[0].axes
+    labels = [text.get_text() for text in gaps.get_legend().get_texts()]
+    assert set(labels) == {"γ = 2.00", *(["label right: 3", "label wrong: 1"] if source == "toy" else ["pairs: 4"])}
+    assert sorted(text.get_text() for text in frontier.texts) == ["MPO", "SFT"]
+    assert [list(line.get_ydata()) for line in course.lines] == [[0.5, 1.5], [1.0, 1.0]] and course.get_visible()
+    assert len(calibrated.containers) >= 1

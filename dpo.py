@@ -112,7 +112,7 @@ def main() -> None:
         losses = dpo_loss(*logratios.unbind(1), settings.beta, settings.loss, settings.label_smoothing)
         rewards = settings.beta * logratios
         margin = rewards[:, 0] - rewards[:, 1]
-        lengths = torch.tensor([[len(part) for part in document] for document in documents])
+        lengths = pairs.lengths[indices]  # (batch, 3)
         metrics = {"loss": losses.mean(), "margin": margin.mean(), "accuracy": (margin > 0).float().mean()}
         for side, name in enumerate(("chosen", "rejected")):
             metrics[f"{name}_logprobs"] = logprobs[:, side].mean()

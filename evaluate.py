@@ -32,9 +32,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    GPT, TOY_BEST_REWARD, TURN, CommonSettings, Config, Pairs, Tokenizer, UserError, choose_device, find_file, flag,
-    generate, gold_reward, llama_names, load, load_model, load_pairs, mixed_seed, pack, parse_settings, processes,
-    read_log, run_command, settle, summed, write_file, write_text,
+    CONFIG_NAMES, GPT, TOY_BEST_REWARD, TURN, CommonSettings, Config, Pairs, Tokenizer, UserError, choose_device,
+    find_file, flag, generate, gold_reward, llama_names, load, load_model, load_pairs, mixed_seed, pack,
+    parse_settings, processes, read_log, run_command, settle, summed, write_file, write_text,
 )
 from reward import RewardModel, calibration, score_pairs, wilson_interval, wins
 
@@ -381,12 +381,10 @@ def export_model(path: Path, folder: Path) -> None:
         tensors |= zip(names, weight.split(rows), strict=True)
     described = {
         "architectures": ["LlamaForSequenceClassification" if scorer else "LlamaForCausalLM"], "model_type": "llama",
-        "vocab_size": config.vocabulary, "hidden_size": config.dim, "intermediate_size": config.mlp,
-        "num_hidden_layers": config.layers, "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads,
-        "max_position_embeddings": config.context, "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
+        **{theirs: getattr(config, ours) for ours, theirs in CONFIG_NAMES.items()}, "num_labels": 1 if scorer else 2,
         "rope_scaling": config.rope_scaling and {"rope_type": "llama3", **config.rope_scaling}, "hidden_act": "silu",
-        "tie_word_embeddings": config.tied, "torch_dtype": "float32", "num_labels": 1 if scorer else 2,
         "bos_token_id": tokenizer.begin[0] if tokenizer.begin else None, "eos_token_id": tokenizer.end,
+        "torch_dtype": "float32",
     }
     # LlamaForSequenceClassification reads the last token that is not padding, so padding must not be the end token.
     names = {number: name for name, number in tokenizer.special.items()}

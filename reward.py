@@ -7,8 +7,7 @@ trained on preference pairs under the Bradley-Terry model (1952; for language mo
     L_RM = − mean over pairs of log σ(r_chosen − r_rejected).
 
 One pass over the data, since labels are noisy and a second pass learns them by heart. The loss fixes rewards only up
-to a constant per prompt; afterwards they are shifted so that training responses have mean 0. Then accuracy and
-calibration on held-back pairs are printed.
+to a constant; afterwards they are shifted so that the training responses' mean is 0.
 
     python reward.py
 """
@@ -47,11 +46,9 @@ class RewardModel(nn.Module):
 
     def __init__(self, trunk: GPT):
         super().__init__()
-        self.trunk = trunk
-        self.config = config = trunk.config
-        self.head = nn.Linear(config.dim, 1)
+        self.trunk, self.config, self.head = trunk, trunk.config, nn.Linear(trunk.config.dim, 1)
         # Huang et al. 2024 (arXiv 2403.17031) traced this start to the first RLHF code: first rewards of order 1.
-        nn.init.normal_(self.head.weight, std=1 / math.sqrt(config.dim + 1))
+        nn.init.normal_(self.head.weight, std=1 / math.sqrt(trunk.config.dim + 1))
         nn.init.zeros_(self.head.bias)
 
     def read(self, batch: Packed, places: Tensor) -> Tensor:
@@ -64,24 +61,21 @@ class RewardModel(nn.Module):
 
 
 def bradley_terry_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """−log σ(r_chosen − r_rejected) of each pair. Shapes: [n], [n] → [n], in nats.
-
-    Stiennon et al. 2020 (arXiv 2009.01325), section 3.4.
-    """
+    """−log σ(r_chosen − r_rejected) of each pair, in nats: [n], [n] → [n]. Stiennon et al. 2020 (arXiv 2009.01325),
+    section 3.4."""
     return -F.logsigmoid(chosen_rewards - rejected_rewards)
 
 
 @torch.no_grad()
 def score_pairs(model: RewardModel, pairs: Pairs, device: torch.device) -> Tensor:
-    """Rewards [n, 2] of all chosen and rejected responses, on the CPU."""
+    """Rewards [n, 2] of all chosen and rejected responses, on the CPU. Raises UserError if some are not finite."""
     rewards = torch.zeros(len(pairs), 2)
-    with tqdm(total=len(pairs), desc="scoring", unit=" pairs", leave=False) as bar:
-        for batch in pack([pairs[index] for index in range(len(pairs))], device):
-            rewards[batch.members.cpu()] = model.score(batch).view(-1, 2).cpu()
-            bar.update(len(batch.members))
+    for batch in tqdm(pack([pairs[index] for index in range(len(pairs))], device), desc="scoring", leave=False):
+        rewards[batch.members.cpu()] = model.score(batch).view(-1, 2).cpu()
     rewards = summed(rewards)
-    if len(bad := (~rewards.isfinite().all(1)).nonzero()):
-        raise UserError(f"the rewards of pairs {' '.join(map(str, bad[:, 0].tolist()))} are not finite")
+    bad = (~rewards.isfinite().all(1)).nonzero()[:, 0].tolist()
+    if bad:
+        raise UserError(f"the rewards of pairs {' '.join(str(index) for index in bad)} are not finite")
     return rewards
 
 
@@ -97,10 +91,9 @@ def ranking_accuracy(rewards: Tensor) -> float:
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
     """95% interval of a share observed in `count` trials (Wilson 1927)."""
-    z = 1.96
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, centre - half), min(1.0, centre + half)  # rounding could pass the ends
+    z, shrink = 1.96, 1 / (1 + 1.96**2 / count)
+    centre, spread = share + z * z / (2 * count), math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return max(0.0, (centre - z * spread) * shrink), min(1.0, (centre + z * spread) * shrink)
 
 
 def calibration(rewards: Tensor) -> list[tuple[float, float, int]]:
@@ -115,9 +108,9 @@ def calibration(rewards: Tensor) -> list[tuple[float, float, int]]:
 
 def report(rewards: Tensor, gold: Tensor | None) -> None:
     """Prints accuracy on labelled pairs, and calibration: predicted against observed preference by reward gap."""
-    accuracy = ranking_accuracy(rewards)
-    low, high = wilson_interval(accuracy, len(rewards))
-    print(f"test accuracy {accuracy:.1%} (95% interval {low:.1%} to {high:.1%}, {len(rewards)} pairs)")
+    low, high = wilson_interval(ranking_accuracy(rewards), len(rewards))
+    accuracy = f"{ranking_accuracy(rewards):.1%} (95% interval {low:.1%} to {high:.1%}, {len(rewards)} pairs)"
+    print(f"test accuracy {accuracy}")
     if gold is not None:
         print(f"the toy world's gold reward itself scores {ranking_accuracy(gold):.1%} on these noisy labels")
     print("calibration: the side that the model ranks first is the chosen one …")
@@ -148,9 +141,8 @@ def main() -> None:
             batch_loss.backward()
             loss += batch_loss.detach()
             accuracy += (chosen_rewards > rejected_rewards).sum() / len(documents)
-        grad_norm = training.update()
-        tokens = sum(len(part) for document in documents for part in document)
-        metrics = {"loss": summed(loss).item(), "accuracy": summed(accuracy).item(), "grad_norm": grad_norm}
+        metrics = {"grad_norm": training.update(), "loss": summed(loss).item(), "accuracy": summed(accuracy).item()}
+        tokens = int(pairs.lengths[indices].sum())
         training.log(("loss", "accuracy"), "pairs", len(documents), tokens, **metrics)
 
     # 3. Shift: mean reward 0 over the training responses.

@@ -41,8 +41,8 @@ class Settings(CommonSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.easy == self.hard:
-            raise UserError(f"--easy and --hard are the same file {self.easy}")
+        if self.easy == self.hard or "/" in self.easy + self.hard:
+            raise UserError(f"--easy {self.easy} --hard {self.hard}: two names are needed; their folder is --out")
 
 
 def reward_gaps(rewards: Tensor, kind: str) -> Tensor:

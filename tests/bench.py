@@ -39,20 +39,10 @@ from torch.nn.utils.rnn import pad_sequence
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model
 import ppo
-from model import (  # fmt: skip
-    GPT,
-    Config,
-    Pairs,
-    Tokenizer,
-    batch_indices,
-    export_model,
-    generate,
-    load_model,
-    load_pairs,
-    sample,
-    save_model,
-    settle,
-    token_logprobs,
+from evaluate import export_model
+from model import (
+    END_OF_TEXT, GPT, PADDING, SYMBOLS, Config, Pairs, Tokenizer, batch_indices, generate, load_model, load_pairs,
+    sample, save_model, settle, token_logprobs, tokenizer_json,
 )
 from reward import RewardModel, bradley_terry_loss
 
@@ -74,7 +64,7 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> None:
     """Writes the files that every way reads."""
     vocabulary, *shape = arguments.numbers or SHAPES[arguments.shape]
     generator = torch.Generator().manual_seed(0)
-    count = arguments.batch_size * arguments.steps
+    count = max(arguments.batch_size, PPO["prompts"]) * arguments.steps
     if arguments.data:
         settings = model.Settings(data=arguments.data, limit=4 * count, test_share=0.1)
         settle(settings, pretrained=False)
@@ -86,10 +76,10 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> None:
         lengths = (means + spreads * torch.randn(count, 3, generator=generator)).exp().long()
         lengths = lengths.clamp(torch.tensor([8, 2, 2]), torch.tensor([341, 128, 128]))
     tokens = torch.randint(0, vocabulary - 2, (int(lengths.sum()),), generator=generator, dtype=torch.int32)
-    # One byte a token, the rest of the vocabulary without a text: nothing here is ever decoded.
-    text = [chr(byte) for byte in range(256)] + [None] * (vocabulary - 258)
-    special = {"<pad>": vocabulary - 2, "<end>": vocabulary - 1}
-    tokenizer = Tokenizer(text, r"[\s\S]", special, vocabulary - 1)
+    names = [SYMBOLS[byte] for byte in range(256)]
+    pairs = map("".join, itertools.product(names[:255], repeat=2))  # without byte 255, whose place padding takes
+    names += itertools.islice(pairs, vocabulary - 257)
+    tokenizer = Tokenizer(tokenizer_json({name: number for number, name in enumerate(names)}), END_OF_TEXT)
     ends = lengths.cumsum(1) + (lengths.sum(1).cumsum(0) - lengths.sum(1))[:, None] - 1
     tokens[ends[:, 1:].flatten()] = tokenizer.end
     torch.manual_seed(0)
@@ -108,123 +98,100 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> None:
 
 def batches(pairs: Pairs, arguments: argparse.Namespace) -> list[list[tuple]]:
     """The pairs of each step, as the stages draw them."""
-    return [
-        [pairs[index] for index in batch_indices(len(pairs), arguments.batch_size, step, 0)]
-        for step in range(arguments.steps)
-    ]
+    return [[pairs[index] for index in batch_indices(len(pairs), arguments.batch_size, step, 0)]
+            for step in range(arguments.steps)]
 
 
 # ---- Ours: the stages' own mains ----
 
 
 def ours(work: str, folder: Path, arguments: argparse.Namespace) -> dict:
-    """Runs the stage; the clock runs from when its files are loaded to when it saves."""
-    common = f"--out {folder} --device cpu --dtype {arguments.dtype} --save {work}_ours.pt --seed 0".split()
+    """Runs the stage; the clock runs from when its files are loaded to the end of its loop."""
+    out = folder / "sft_run" if work == "sft" else folder  # where model.py may write pairs.pt anew
+    common = f"--out {out} --device cpu --dtype {arguments.dtype} --save {work}_ours.pt --seed 0".split()
     training = f"--lr {LR} --warmup 0 --decay constant --save-every 0 --steps {arguments.steps}".split()
+    size = ["--batch-size", str(arguments.batch_size)]
     flags = {
-        "reward": ["--batch-size", str(arguments.batch_size)],
-        "dpo": ["--batch-size", str(arguments.batch_size), "--data", "pairs.pt"],
-        "ppo": f"--batch-size {PPO['prompts']} --ppo-epochs {PPO['epochs']} --minibatch-size {PPO['minibatch']}"
-               f" --max-new-tokens {PPO['new_tokens']} --data pairs.pt --init sft.pt".split(),
-    }  # fmt: skip
-    stage, clock = importlib.import_module(work), {}
+        "sft": [*size, "--init", str(folder / "sft.pt")], "reward": size, "dpo": [*size, "--data", "pairs.pt"],
+        "ppo": f"--batch-size {PPO['prompts']} --ppo-epochs {PPO['epochs']} --minibatch-size {PPO['minibatch']} "
+               f"--max-new-tokens {PPO['new_tokens']} --data pairs.pt --init sft.pt".split(),
+    }
+    stage, clock = importlib.import_module("model" if work == "sft" else work), {}
+    sides = [load_pairs(model.Settings(out=str(folder)), name) for name in ("pairs.pt", "test.pt")]
+    loop = model.Training.__iter__
 
     def timed_settle(*given):
         clock["start"] = time.perf_counter()
         settle(*given)
 
-    stage.settle = timed_settle
-    model.Training.finish = lambda *given: clock.setdefault("end", time.perf_counter())
-    if work == "reward":  # the shift and the report are not training
-        stage.score_pairs = lambda *given: clock.setdefault("end", time.perf_counter()) and torch.zeros(1, 2)
-        stage.report = lambda *given: None
+    def timed_loop(steps):
+        yield from loop(steps)
+        clock["end"] = time.perf_counter()
+
+    stage.settle, model.Training.__iter__, model.read_pairs = timed_settle, timed_loop, lambda *_: sides
     sys.argv = [f"{work}.py", *common, *training, *flags[work]]
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         stage.main()
-    losses = [json.loads(line)["loss"] for line in (folder / f"{work}_ours.jsonl").read_text().splitlines()]
+    losses = [json.loads(line)["loss"] for line in (out / f"{work}_ours.jsonl").read_text().splitlines()]
     units = arguments.steps * (PPO["prompts"] if work == "ppo" else arguments.batch_size)
     return {"seconds": clock["end"] - clock["start"], "units": units, "losses": losses}
-
-
-def ours_sft(folder: Path, arguments: argparse.Namespace) -> dict:
-    """SFT's loop, whose main would read text."""
-    settings = model.Settings(
-        out=str(folder), dtype=arguments.dtype, save="sft_ours.pt", save_every=0, lr=LR, warmup=0.0, decay="constant",
-        steps=arguments.steps, batch_size=arguments.batch_size,
-    )  # fmt: skip
-    pairs, (policy, _) = load_pairs(settings, "pairs.pt"), load_model(settings, "sft.pt", GPT)
-    start, losses, device = time.perf_counter(), [], torch.device("cpu")
-    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    training = model.Training(settings, len(pairs), model=policy, optimizer=optimizer)
-    for _, indices in training:
-        documents = model.sft_documents(pairs, indices)
-        tokens, loss = sum(len(response) for _, response in documents), 0.0
-        for batch in model.pack(documents, device):
-            batch_loss = -policy.logprobs(batch)[0].sum() / tokens
-            batch_loss.backward()
-            loss += batch_loss.item()
-        training.optimizer_step(optimizer)
-        losses.append(loss)
-    return {"seconds": time.perf_counter() - start, "units": len(losses) * arguments.batch_size, "losses": losses}
 
 
 # ---- Plain: padded, unshared, whole logits ----
 
 
-def padded(sequences: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(tokens, positions, mask) of a batch padded on the right."""
+def plain_forward(gpt: GPT, tokens, positions, mask, cache=None) -> torch.Tensor:
+    """Hidden states [B, T, dim] of padded token ids [B, T]; positions: [B, T]; mask: [B, 1, T, keys] bool."""
+    angle = positions[:, None, :, None] * model.rotary_frequencies(gpt.config, tokens.device)  # (B, 1, T, head_dim / 2)
+    cos, sin = angle.cos(), angle.sin()
+    with gpt.precision():
+        x = gpt.embedding(tokens)  # (B, T, dim)
+        for number, block in enumerate(gpt.blocks):
+            attention = block.attention
+            heads = attention.qkv(block.attention_norm(x)).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
+            q, k, v = heads.split((attention.heads, attention.kv_heads, attention.kv_heads), 1)  # (B, …, T, head_dim)
+            q, k, v = model.rotate(q, cos, sin).float(), model.rotate(k, cos, sin).float(), v.float()  # as ours: faster
+            if cache is not None:
+                old_k, old_v = cache.get(number, (k[:, :, :0], v[:, :, :0]))
+                k, v = cache[number] = torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
+            with torch.autocast("cpu", enabled=False):
+                mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+            x = x + attention.output(mixed.transpose(1, 2).flatten(2))
+            gate, up = block.gate_up(block.mlp_norm(x)).chunk(2, dim=-1)
+            x = x + block.down(F.silu(gate) * up)
+        return gpt.norm(x)
+
+
+def plain_hidden(gpt: GPT, sequences: list[torch.Tensor]) -> torch.Tensor:
+    """Hidden states [B, T, dim] of a batch padded on the right."""
     tokens = pad_sequence(sequences, batch_first=True)
     length = tokens.shape[1]
     real = torch.arange(length) < torch.tensor([len(sequence) for sequence in sequences])[:, None]
-    mask = torch.ones(length, length, dtype=torch.bool).tril() & real[:, None, None, :]
-    return tokens, torch.arange(length).expand_as(tokens), [(length, mask)]
-
-
-class PlainCache:
-    """Keys and values of a whole batch, which grow by a column a step, padding included."""
-
-    def __init__(self, size: int):
-        self.size, self.kept = size, {}
-
-    def __len__(self) -> int:
-        return self.size
-
-    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        old = self.kept.get(layer, (key[:, :, :0], value[:, :, :0]))
-        self.kept[layer] = tuple(torch.cat(pair, 2) for pair in zip(old, (key, value), strict=True))
-
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        self.store(layer, key, value)
-        with torch.autocast("cpu", enabled=False):  # or it would cast the whole cache at every step
-            return F.scaled_dot_product_attention(query, *self.kept[layer], attn_mask=self.mask, enable_gqa=True)
+    mask = torch.ones(length, length, dtype=torch.bool).tril() & real[:, None, None]
+    return plain_forward(gpt, tokens, torch.arange(length).expand_as(tokens), mask)
 
 
 @torch.no_grad()
 def plain_generate(gpt: GPT, prompts: list[torch.Tensor], end: int, new: int, seed: int = 0) -> list[torch.Tensor]:
-    """What `generate` samples, for a batch padded on the left."""
-    width = max(map(len, prompts))
+    """What `generate` samples, for a batch padded on the left. The cache, {layer: (keys, values)} of the whole batch,
+    grows by a column a step, padding included."""
+    width, cache, drawn = max(map(len, prompts)), {}, []
     tokens = torch.stack([F.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
     padding = torch.tensor([width - len(prompt) for prompt in prompts])[:, None]
     columns = torch.arange(width + new)
     real = (columns >= padding)[:, None, None]
     mask = (torch.ones(width, width, dtype=torch.bool).tril() & real[..., :width]) | torch.eye(width, dtype=torch.bool)
     noise = torch.rand(len(prompts), new, generator=torch.Generator().manual_seed(seed))
-    cache, drawn = PlainCache(len(prompts)), []
-    with gpt.precision():
-        hidden = gpt(tokens, (columns[:width] - padding).clamp(0), [(width, mask)], None, [cache])[:, -1]
-        for step in range(new):
-            logits = hidden.to(gpt.activations) @ gpt.vocabulary_weight.to(gpt.activations).T
-            drawn.append(sample(logits, noise[:, step], 1.0))
-            cache.mask = real[..., : width + step + 1]
-            if step < new - 1:
-                hidden = gpt(drawn[-1][:, None], width + step - padding, None, None, [cache])[:, 0]
+    head = gpt.vocabulary_weight.to(gpt.activations)
+    hidden = plain_forward(gpt, tokens, (columns[:width] - padding).clamp(0), mask, cache)[:, -1]
+    for step in range(new):
+        drawn.append(sample(hidden.to(head.dtype) @ head.T, noise[:, step], 1.0))
+        if step < new - 1:
+            mask = real[..., : width + step + 1]
+            hidden = plain_forward(gpt, drawn[-1][:, None], width + step - padding, mask, cache)[:, 0]
     rows = torch.stack(drawn, 1)
     ends = [(row == end).nonzero()[:1] for row in rows]
     return [row[: place + 1] if len(place) else row for row, place in zip(rows, ends, strict=True)]
-
-
-def plain_hidden(gpt: GPT, sequences: list[torch.Tensor]) -> torch.Tensor:
-    return gpt(*padded(sequences))
 
 
 def plain_logprobs(gpt: GPT, prompts: list[torch.Tensor], responses: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -234,10 +201,8 @@ def plain_logprobs(gpt: GPT, prompts: list[torch.Tensor], responses: list[torch.
     logits = (hidden.to(gpt.activations) @ gpt.vocabulary_weight.to(gpt.activations).T).float()
     tokens = pad_sequence(sequences, batch_first=True)
     logprobs = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
-    return [
-        row[len(prompt) - 1 : len(prompt) + len(response) - 1]
-        for row, prompt, response in zip(logprobs, prompts, responses, strict=True)
-    ]
+    return [row[len(prompt) - 1 : len(prompt) + len(response) - 1]
+            for row, prompt, response in zip(logprobs, prompts, responses, strict=True)]
 
 
 def plain(work: str, folder: Path, arguments: argparse.Namespace) -> dict:
@@ -268,7 +233,7 @@ def plain(work: str, folder: Path, arguments: argparse.Namespace) -> dict:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return {"seconds": time.perf_counter() - start, "units": len(pairs), "losses": losses}
+    return {"seconds": time.perf_counter() - start, "units": len(losses) * arguments.batch_size, "losses": losses}
 
 
 def plain_ppo(folder: Path, arguments: argparse.Namespace) -> dict:
@@ -294,9 +259,8 @@ def plain_ppo(folder: Path, arguments: argparse.Namespace) -> dict:
         sequences = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
         before = [slice(len(p) - 1, len(p) + len(r) - 1) for p, r in zip(prompts, responses, strict=True)]
         with torch.no_grad():
-            logprobs, theirs = (
-                pad_sequence(plain_logprobs(one, prompts, responses), batch_first=True) for one in (policy, reference)
-            )
+            logprobs, theirs = (pad_sequence(plain_logprobs(one, prompts, responses), batch_first=True)
+                                for one in (policy, reference))
             values = read(critic, before)
             scores = read(reward, [slice(len(row) - 1, len(row)) for row in sequences])[:, 0]
         lengths = torch.tensor([len(response) for response in responses])
@@ -331,15 +295,11 @@ def trl_ppo(folder: Path, arguments: argparse.Namespace) -> dict:
     settings = ppo.Settings(out=str(folder))
     settle(settings, pretrained=False)
     pairs = load_pairs(settings, "pairs.pt")
-    policy, reference = (
-        transformers.AutoModelForCausalLM.from_pretrained(folder / "sft", dtype=torch.float32) for _ in range(2)
-    )
-    reward, value = (
-        transformers.AutoModelForSequenceClassification.from_pretrained(folder / "reward", dtype=torch.float32)
-        for _ in range(2)
-    )
+    causal, scorer = transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification
+    policy, reference = (causal.from_pretrained(folder / "sft", dtype=torch.float32) for _ in range(2))
+    reward, value = (scorer.from_pretrained(folder / "reward", dtype=torch.float32) for _ in range(2))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "sft", padding_side="left")
-    tokenizer.pad_token = "<pad>"
+    tokenizer.pad_token = PADDING
     config = PPOConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=PPO["prompts"], num_mini_batches=1,
         num_ppo_epochs=PPO["epochs"], total_episodes=PPO["prompts"] * arguments.steps,
@@ -349,18 +309,15 @@ def trl_ppo(folder: Path, arguments: argparse.Namespace) -> dict:
         gamma=settings.gamma, lam=settings.gae_lambda, temperature=1.0, learning_rate=LR,
         lr_scheduler_type="constant", weight_decay=0.0, adam_beta2=0.95, logging_steps=1, save_strategy="no",
         report_to=[], use_cpu=True, disable_tqdm=True, gradient_checkpointing=False, bf16=arguments.dtype == "bf16",
-    )  # fmt: skip
+    )
     indices = [index for step in range(arguments.steps) for index in batch_indices(len(pairs), PPO["prompts"], step, 0)]
     dataset = datasets.Dataset.from_list([{"input_ids": pairs[index][0].tolist()} for index in indices])
     trainer = PPOTrainer(config, tokenizer, policy, reference, reward, dataset, value, eval_dataset=dataset)
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
-    losses = [
-        entry["loss/policy_avg"] + settings.value_coefficient * entry["loss/value_avg"]
-        for entry in trainer.state.log_history
-        if "loss/policy_avg" in entry
-    ]
+    losses = [entry["loss/policy_avg"] + settings.value_coefficient * entry["loss/value_avg"]
+              for entry in trainer.state.log_history if "loss/policy_avg" in entry]
     return {"seconds": seconds, "units": len(indices), "losses": losses}
 
 
@@ -376,7 +333,7 @@ def trl(work: str, folder: Path, arguments: argparse.Namespace) -> dict:
               "max_steps": arguments.steps, "learning_rate": LR, "lr_scheduler_type": "constant", "weight_decay": 0.0,
               "adam_beta2": 0.95, "max_grad_norm": 1.0, "logging_steps": 1, "save_strategy": "no", "use_cpu": True,
               "disable_tqdm": True, "gradient_checkpointing": False, "bf16": arguments.dtype == "bf16",
-              "max_length": 1024}  # fmt: skip
+              "max_length": 1024}
     trainers = {
         "sft": (trl.SFTTrainer, trl.SFTConfig, {}),
         "reward": (trl.RewardTrainer, trl.RewardConfig, {}),
@@ -391,7 +348,7 @@ def trl(work: str, folder: Path, arguments: argparse.Namespace) -> dict:
     name = "reward" if work == "reward" else "sft"
     loaded = kind.from_pretrained(folder / name, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / name)
-    tokenizer.pad_token = "<pad>"
+    tokenizer.pad_token = PADDING
     trainer_class, config_class, more = trainers[work]
 
     class InOrder(trainer_class):
@@ -432,7 +389,7 @@ def generation(way: str, folder: Path, arguments: argparse.Namespace) -> dict:
         mask = torch.stack([F.pad(torch.ones_like(prompt), (width - len(prompt), 0)) for prompt in prompts])
         start = time.perf_counter()
         theirs.generate(input_ids=tokens, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0, eos_token_id=None,
-                        max_new_tokens=new, min_new_tokens=new, pad_token_id=0)  # fmt: skip
+                        max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
     elif way == "ours":
         start = time.perf_counter()
         generate(policy, prompts, -1, new)
@@ -482,7 +439,7 @@ def measure(work: str, way: str, folder: Path, arguments: argparse.Namespace) ->
     elif work == "kernel":
         result = kernel(way, folder, arguments)
     elif way == "ours":
-        result = ours_sft(folder, arguments) if work == "sft" else ours(work, folder, arguments)
+        result = ours(work, folder, arguments)
     elif work == "ppo":
         result = {"plain": plain_ppo, "trl": trl_ppo}[way](folder, arguments)
     else:
@@ -506,7 +463,7 @@ def compare(arguments: argparse.Namespace, flags: list[str]) -> None:
     """Prints the table."""
     libraries = importlib.util.find_spec("trl") and importlib.util.find_spec("transformers")
     print(f"{arguments.shape}, {arguments.batch_size} pairs a step, {arguments.steps} steps, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}, middle of {arguments.repeats}")  # fmt: skip
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}, middle of {arguments.repeats}")
     print(f"{'work':10s} {'dtype':5s} {'way':6s} {'speed':>20s} {'ours is':>9s} {'peak':>8s} {'beyond':>8s}  losses")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -519,16 +476,15 @@ def compare(arguments: argparse.Namespace, flags: list[str]) -> None:
                 for way in ways:  # in turn, so that a slow minute of the machine hits all
                     if result := in_a_process(work, way, dtype, folder, flags):
                         runs[way].append(result)
-            speeds = {
-                way: statistics.median(r["units"] / r["seconds"] for r in done) for way, done in runs.items() if done
-            }
+            speeds = {way: statistics.median(one["units"] / one["seconds"] for one in done)
+                      for way, done in runs.items() if done}
             for way in speeds:
                 last = runs[way][-1]
                 ratio = f"{speeds['ours'] / speeds[way]:8.2f}×" if "ours" in speeds else ""
                 losses = " ".join(f"{loss:.4f}" for loss in last["losses"][:3] + last["losses"][3:][-1:])
                 speed = f"{speeds[way]:.2f} {UNITS.get(work, 'pairs/s')}"
                 print(f"{work:10s} {dtype:5s} {way:6s} {speed:>20s} {ratio:>9s} {last['peak_mb']:6.0f}MB "
-                      f"{last['beyond_mb']:6.0f}MB  {losses}", flush=True)  # fmt: skip
+                      f"{last['beyond_mb']:6.0f}MB  {losses}", flush=True)
 
 
 def scaling(arguments: argparse.Namespace) -> None:
@@ -536,9 +492,8 @@ def scaling(arguments: argparse.Namespace) -> None:
     base = {"pairs": 16, "lengths": (128, 32, 32), "vocabulary": 8192, "width": 256}
     print(f"DPO, 4 blocks, {arguments.steps} steps, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print("state: weights, gradients and moments, 16 bytes a parameter; logits: one copy of the whole, never held")
-    print(
-        f"{'doubled':12s} {'to':>6s} {'tokens/step':>11s} {'s/step':>7s} {'state':>8s} {'beyond it':>9s} {'logits':>8s}"
-    )
+    print(f"{'doubled':12s} {'to':>6s} {'tokens/step':>11s} {'s/step':>7s} {'state':>8s} {'beyond it':>9s} "
+          f"{'logits':>8s}")
     for name, factor in itertools.product(base, (1, 2, 4)):
         grown = base[name]
         grown = tuple(factor * part for part in grown) if name == "lengths" else factor * grown
@@ -557,7 +512,7 @@ def scaling(arguments: argparse.Namespace) -> None:
         value = str(sum(sizes["lengths"]) if name == "lengths" else sizes[name])
         seconds, beyond = result["seconds"] / arguments.steps, result["beyond_mb"] - state
         print(f"{name:12s} {value:>6s} {tokens:11,d} {seconds:7.2f} {state:6.0f}MB {beyond:7.0f}MB {logits:6.0f}MB",
-              flush=True)  # fmt: skip
+              flush=True)
 
 
 def main() -> None:

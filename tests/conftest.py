@@ -1,4 +1,5 @@
-"""What several test files use: the repository on the import path, tiny models, and random packed documents."""
+"""What several test files use: the repository on the import path, tiny models, random documents, the slow and plain
+way through a model, and a stage's command run in a folder."""
 
 import sys
 from pathlib import Path
@@ -8,10 +9,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from model import GPT, Config
+from model import (
+    END_OF_TEXT, GPT, SYMBOLS, CommonSettings, Config, Pairs, Tokenizer, read_log, save_model, tokenizer_json,
+)
 from reward import RewardModel
 
 TINY = Config(vocabulary=97, dim=32, layers=2, heads=4, kv_heads=2, mlp=64, context=128)
+CPU, END = torch.device("cpu"), TINY.vocabulary - 1
+BYTES = Tokenizer(tokenizer_json({SYMBOLS[byte]: byte for byte in range(END)}), END_OF_TEXT)  # its end token is END
 
 
 @pytest.fixture
@@ -41,3 +46,54 @@ def documents() -> list[tuple[torch.Tensor, ...]]:
     for _, chosen, rejected in made:
         chosen[-1] = rejected[-1] = TINY.vocabulary - 1
     return made
+
+
+def make_pairs(documents, tokenizer: Tokenizer = BYTES, source: str = "made up", gold=None) -> Pairs:
+    """Pairs of these documents, each (prompt, chosen, rejected)."""
+    tokens = torch.cat([part for document in documents for part in document]).int()
+    lengths = torch.tensor([[len(part) for part in document] for document in documents])
+    return Pairs(tokens, lengths, tokenizer, source, gold=gold)
+
+
+def write(folder: Path, tokenizer: Tokenizer = BYTES, **content) -> None:
+    """Writes models, pairs and lists of documents to the files NAME.pt of the folder."""
+    settings = CommonSettings(out=str(folder))
+    for name, what in content.items():
+        settings.save = f"{name}.pt"
+        if isinstance(what, torch.nn.Module):
+            save_model(settings, what, tokenizer)
+        else:
+            (what if isinstance(what, Pairs) else make_pairs(what)).save(settings, settings.save)
+
+
+def plain_hidden(gpt: GPT, prompt: torch.Tensor, response: torch.Tensor) -> torch.Tensor:
+    """Hidden states of the tokens before each response token, [length, dim], with nothing packed."""
+    return gpt(torch.cat((prompt, response)))[len(prompt) - 1 : -1]
+
+
+def plain_distribution(policy: GPT, prompt, response, temperature: float = 1.0) -> torch.Tensor:
+    """log softmax over the vocabulary at each response token: [length, V]."""
+    return (plain_hidden(policy, prompt, response) @ policy.vocabulary_weight.T / temperature).log_softmax(-1)
+
+
+def plain_logprobs(policy: GPT, prompt, response, temperature: float = 1.0) -> torch.Tensor:
+    """Log-probs of the response's tokens: [length]."""
+    return plain_distribution(policy, prompt, response, temperature).gather(1, response[:, None])[:, 0]
+
+
+def plain_score(model: RewardModel, *parts: torch.Tensor) -> torch.Tensor:
+    """The head on the last hidden state of one text."""
+    return model.head(model.trunk(torch.cat(parts))[-1])[0]
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """A function that runs a stage's main with these flags, its files in tmp_path, and returns its log."""
+
+    def call(stage, flags: str = "", *more) -> list[dict]:
+        fixed = ["--out", str(tmp_path), "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", [f"{stage.__name__}.py", *fixed, *flags.split(), *map(str, more)])
+        stage.main()
+        return read_log(tmp_path / f"{stage.__name__}.jsonl")
+
+    return call

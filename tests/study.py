@@ -1,15 +1,13 @@
 """Does MPO do what the paper says? Trains MPO, DPO, PPO and controls in the toy world over seeds, and compares them.
 
 STUDY lists the policies with the commands that make them. Each seed has a folder, where commands run one after the
-other; seeds run side by side. commands.json there says what is done, and that is not run again: delete the folder after
-a change of code. On Ctrl-C or SIGTERM the commands under way save their states; the same call goes on from there.
+other, each once: what commands.json says is done is not run again (delete the folder after a change of code). Seeds run
+side by side. On Ctrl-C or SIGTERM the commands under way save their states; the same call goes on from there.
 
     python tests/study.py --seeds 5 --seed 3 --noise-seeds 3 --out out/study --figure       # pip install matplotlib
 """
 
-import argparse
 import importlib.util
-import itertools
 import json
 import os
 import re
@@ -19,80 +17,76 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from evaluate import aligned, differences, mean_and_error
-from model import UserError, read_log, run_command, write_text
+from model import UserError, flag, parse_settings, read_log, run_command, write_text
 
 # Row: the commands that make its policy, which the last of them saves. Equal budgets: DPO takes 64 steps of 64 pairs
 # and PPO 32 of 128 prompts, unless the name says otherwise.
 WORLD, REWARD, SPLIT = "model.py --save sft.pt", "reward.py", "split.py"
-DPO_EASY, PPO = "dpo.py --steps 64", "ppo.py --steps 32"
-DPO_ALL = "dpo.py --steps 64 --data pairs.pt --save dpo_all.pt"
-DPO_HARD = "dpo.py --steps 64 --data hard.pt --save dpo_hard.pt"
+DPO, PPO = "dpo.py --steps 64", "ppo.py --steps 32"
+DPO_ALL, DPO_HARD = f"{DPO} --data pairs.pt --save dpo_all.pt", f"{DPO} --data hard.pt --save dpo_hard.pt"
 STUDY = {
     "SFT": [],
     "DPO on all": [DPO_ALL],
-    "DPO on easy": [REWARD, SPLIT, DPO_EASY],
+    "DPO on easy": [REWARD, SPLIT, DPO],
     "DPO on hard": [REWARD, SPLIT, DPO_HARD],
     "DPO on all, 256 steps": ["dpo.py --steps 256 --data pairs.pt --save dpo_all_256.pt"],
     "DPO on easy, 256 steps": [REWARD, SPLIT, "dpo.py --steps 256 --save dpo_256.pt"],
     "PPO from SFT, all": [REWARD, f"{PPO} --init sft.pt --data pairs.pt --save ppo_all.pt"],
     "PPO from SFT, hard": [REWARD, SPLIT, f"{PPO} --init sft.pt --save ppo_hard.pt"],
     "PPO from DPO on all": [DPO_ALL, REWARD, f"{PPO} --init dpo_all.pt --data pairs.pt --save ppo_dpo_all.pt"],
-    "MPO": [REWARD, SPLIT, DPO_EASY, PPO],
+    "MPO": [REWARD, SPLIT, DPO, PPO],
     "MPO, random split": [REWARD, "split.py --by random --easy easy_random.pt --hard hard_random.pt",
-                          "dpo.py --steps 64 --data easy_random.pt --save dpo_random.pt",
+                          f"{DPO} --data easy_random.pt --save dpo_random.pt",
                           f"{PPO} --init dpo_random.pt --data hard_random.pt --save ppo_random.pt"],
     "MPO, parts swapped": [REWARD, SPLIT, DPO_HARD, f"{PPO} --init dpo_hard.pt --data easy.pt --save ppo_swapped.pt"],
-    "MPO, reference SFT": [REWARD, SPLIT, DPO_EASY, f"{PPO} --reference sft.pt --save ppo_reference_sft.pt"],
+    "MPO, reference SFT": [REWARD, SPLIT, DPO, f"{PPO} --reference sft.pt --save ppo_reference_sft.pt"],
     "PPO from SFT, KL price 0.05": [REWARD, SPLIT, f"{PPO} --init sft.pt --kl-coefficient 0.05 --save ppo_cheap2.pt"],
-    "MPO, KL price 0.05": [REWARD, SPLIT, DPO_EASY, f"{PPO} --kl-coefficient 0.05 --save ppo_cheap.pt"],
+    "MPO, KL price 0.05": [REWARD, SPLIT, DPO, f"{PPO} --kl-coefficient 0.05 --save ppo_cheap.pt"],
 }
 PPO_ROWS = ["PPO from SFT, hard", "MPO, reference SFT", "MPO", "PPO from SFT, KL price 0.05", "MPO, KL price 0.05"]
 NOISE = [0.0, 0.15, 0.25, 0.4]  # shares of wrong labels
 NOISE_ROWS = ["SFT", "DPO on all", "DPO on easy", "PPO from SFT, all", "MPO", "MPO, random split"]
-SPREAD = "{:.2f} ± {:.2f}"  # mean and standard error
+SPREAD, ROUGH = "{:.2f} ± {:.2f}", "{:.1f} ± {:.1f}"  # mean and standard error
 COLUMNS = {"gold reward": ("gold_reward", SPREAD), "reward": ("reward", SPREAD),
-           "wins vs SFT": ("win_rate_vs_sft", "{:.0%} ± {:.0%}"), "KL from SFT": ("kl", "{:.1f} ± {:.1f}"),
-           "length": ("length", "{:.1f} ± {:.1f}"), "ended": ("ended", "{:.1%}"), "updates": ("updates", "{:,.0f}"),
-           "tokens": ("tokens", "{:,.0f}"), "seconds": ("seconds", "{:,.0f}")}
+           "wins vs SFT": ("win_rate_vs_sft", "{:.0%} ± {:.0%}"), "KL from SFT": ("kl", ROUGH),
+           "length": ("length", ROUGH), "ended": ("ended", "{:.1%}"),
+           **{name: (name, "{:,.0f}") for name in ("updates", "tokens", "seconds")}}
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-Numbers = dict[str, dict[str, Tensor]]  # row → key → its value for each seed, [seeds]
+Numbers = dict[str, dict[str, torch.Tensor]]  # row → key → its value for each seed, [seeds]
 
 
-def read_options() -> argparse.Namespace:
-    """The flags of the command line. Raises UserError for values that make no study."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="out/study", help="folder for the seeds' folders, study.json and figures")
-    parser.add_argument("--seeds", type=int, default=5, help="how many seeds")
-    parser.add_argument("--seed", type=int, default=3, help="the first one; settings were chosen on seeds 0 to 2")
-    parser.add_argument("--noise-seeds", type=int, default=3, help="seeds for each share of wrong labels; 0: none")
-    parser.add_argument("--parallel", type=int, help="seeds side by side; default: one a core, or one on a GPU")
-    parser.add_argument("--figure", action="store_true", help="draw rewards.png, ppo.png and noise.png too")
-    options = parser.parse_args()
-    if options.seeds < 2 or options.noise_seeds < 0 or options.noise_seeds == 1 or (options.parallel or 1) < 1:
-        raise UserError("--seeds and --noise-seeds: at least 2, as one has no standard error; --parallel: at least 1")
-    if options.figure and importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--figure: this needs one more package: pip install matplotlib")
-    return options
+@dataclass
+class Settings:
+    """Flags of the study. Raises UserError for values that make none."""
+
+    out: str = flag("out/study", "folder for the seeds' folders, study.json and figures")
+    seeds: int = flag(5, "how many seeds")
+    seed: int = flag(3, "the first one; settings were chosen on seeds 0 to 2")
+    noise_seeds: int = flag(3, "seeds for each share of wrong labels; 0: none")
+    parallel: int | None = flag(None, "seeds side by side [one a core, or one on a GPU]")
+    figure: bool = flag(False, "draw rewards.png, ppo.png and noise.png too (needs matplotlib)")
+
+    def __post_init__(self):
+        if self.seeds < 2 or self.noise_seeds < 0 or self.noise_seeds == 1 or (self.parallel or 1) < 1:
+            raise UserError("--seeds and --noise-seeds: at least 2, for a standard error; --parallel: at least 1")
+        if self.figure and importlib.util.find_spec("matplotlib") is None:
+            raise UserError("--figure: this needs one more package: pip install matplotlib")
 
 
-def saved_as(command: str) -> str:
-    """The name that a command gives to its checkpoint, its log and its state, without the ending."""
-    return (re.search(r"--save (\w+)", command) or re.match(r"(\w+)", command))[1]
-
-
-def policy_of(row: str) -> str:
-    """The name of a row's checkpoint, without .pt: the last of its commands saves it."""
-    return saved_as([WORLD, *STUDY[row]][-1])
+def saved_as(commands: list[str]) -> str:
+    """The name, without .pt, that the last of these commands, or else WORLD, saves its checkpoint, log and state by."""
+    last = [WORLD, *commands][-1]
+    return (re.search(r"--save (\w+)", last) or re.match(r"(\w+)", last))[1]
 
 
 class Run:
@@ -101,8 +95,8 @@ class Run:
 
     def __init__(self, folder: Path, seed: int, rows: list[str], world: str = WORLD):
         self.folder, self.seed, self.rows = folder, seed, rows
-        training = itertools.chain.from_iterable(STUDY[row] for row in rows)
-        policies = " ".join(f"{policy_of(row)}.pt" for row in rows)
+        training = [command for row in rows for command in STUDY[row]]
+        policies = " ".join(f"{saved_as(STUDY[row])}.pt" for row in rows)
         evaluation = f"evaluate.py --policies {policies} --samples 0 --save study_evaluation.json"
         self.commands = list(dict.fromkeys([world, *training, evaluation]))  # what several rows need is there once
         path = folder / "commands.json"
@@ -115,21 +109,16 @@ def run_folder(run: Run, threads: int, stop: threading.Event, bar: tqdm) -> None
     run.folder.mkdir(parents=True, exist_ok=True)
     log, environment = run.folder / "study.log", os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
     for command in run.commands:
-        if stop.is_set():
-            return
         entry = run.record.setdefault(command, {"seconds": 0.0, "done": False})
-        if not entry["done"]:
-            script, *flags = command.split()
-            flags += ["--out", str(run.folder), "--seed", str(run.seed)]
-            if (run.folder / f"{saved_as(command)}.state.pt").exists():
-                flags.append("--resume")
+        if not entry["done"] and not stop.is_set():
+            resume = ["--resume"] * (run.folder / f"{saved_as([command])}.state.pt").exists()
+            words = [*command.split(), "--out", str(run.folder), "--seed", str(run.seed), *resume]
             began = time.perf_counter()
             with log.open("a", encoding="utf-8") as file:
-                print("$", script, *flags, file=file, flush=True)
-                # In a session of its own, out of reach of a terminal's Ctrl-C: a stage saves its state at one
-                # interrupt, but ends at once at a second.
-                process = subprocess.Popen([sys.executable, str(ROOT / script), *flags], stdin=subprocess.DEVNULL,
-                                           stdout=file, stderr=file, env=environment, start_new_session=True)
+                print("$", *words, file=file, flush=True)
+                # Out of reach of a terminal's Ctrl-C: at a second interrupt a stage ends before it has saved its state.
+                process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, start_new_session=True,
+                                           stdin=subprocess.DEVNULL, stdout=file, stderr=file)
             while process.poll() is None and not stop.wait(0.1):
                 pass
             if stop.is_set():
@@ -140,36 +129,17 @@ def run_folder(run: Run, threads: int, stop: threading.Event, bar: tqdm) -> None
             if not entry["done"] and not stop.is_set():
                 last = log.read_text("utf-8", "replace").splitlines()[-1]
                 raise UserError(f"{command} in {run.folder} ended with code {process.returncode}: {last} (see {log})")
-        bar.update()
-
-
-def run_all(runs: list[Run], parallel: int | None) -> None:
-    """Runs what is not done, several folders side by side, each on its share of the cores. When a command fails, or on
-    Ctrl-C or SIGTERM, the others save their states and end too."""
-    parallel = min(parallel or (1 if torch.cuda.is_available() else CORES), len(runs))
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: what a shell starts in the background ignores it
-        signal.signal(number, signal.default_int_handler)
-    stop, bar = threading.Event(), tqdm(total=sum(len(run.commands) for run in runs), desc="study", unit="command")
-    with bar, ThreadPoolExecutor(parallel) as pool:
-        folders = [pool.submit(run_folder, run, max(1, CORES // parallel), stop, bar) for run in runs]
-        try:
-            for folder in as_completed(folders):
-                folder.result()  # raises what run_folder raised
-        finally:
-            stop.set()
+        bar.update(entry["done"])
 
 
 def read_row(run: Run, row: str) -> dict[str, float]:
     """What evaluate.py measured of a row's policy, and the updates, tokens generated by PPO and seconds it took."""
     evaluation = json.loads((run.folder / "study_evaluation.json").read_text("utf-8"))
-    numbers = evaluation[policy_of(row)] | {"updates": 0, "tokens": 0.0, "seconds": 0.0}
-    for command in STUDY[row]:
-        numbers["seconds"] += run.record[command]["seconds"]
-        for step in read_log(run.folder / f"{saved_as(command)}.jsonl"):  # split.py has no log
-            numbers["updates"] += step.get("updates", 1)
-            if command.startswith("ppo.py"):  # a step's speed is that of its answers
-                numbers["tokens"] += step["tokens_per_second"] * step["seconds"]
-    return numbers
+    steps = [step for command in STUDY[row] for step in read_log(run.folder / f"{saved_as([command])}.jsonl")]
+    tokens = sum(step["tokens_per_second"] * step["seconds"] for step in steps if "updates" in step)  # PPO's steps
+    took = {"updates": sum(step.get("updates", 1) for step in steps), "tokens": tokens,
+            "seconds": sum(run.record[command]["seconds"] for command in STUDY[row])}
+    return evaluation[saved_as(STUDY[row])] | took
 
 
 def read_numbers(runs: list[Run]) -> Numbers:
@@ -183,10 +153,9 @@ def read_numbers(runs: list[Run]) -> Numbers:
 
 def study_table(numbers: Numbers) -> str:
     """A row a policy: means over seeds ± standard errors."""
-    rows = [["policy", *COLUMNS]]
-    for row, values in numbers.items():
-        rows.append([row, *(form.format(*mean_and_error(values[key])) for key, form in COLUMNS.values())])
-    return aligned(rows)
+    rows = [[row, *(form.format(*mean_and_error(values[key])) for key, form in COLUMNS.values())]
+            for row, values in numbers.items()]
+    return aligned([["policy", *COLUMNS], *rows])
 
 
 def noise_table(noise: dict[float, Numbers]) -> str:
@@ -194,16 +163,15 @@ def noise_table(noise: dict[float, Numbers]) -> str:
     rows = [["wrong labels", *(f"{share:.0%}" for share in noise), f"{min(noise):.0%} less {max(noise):.0%}"]]
     for row in NOISE_ROWS:
         golds = [numbers[row]["gold_reward"] for numbers in noise.values()]  # of each share: [seeds]
-        golds.append(golds[0] - golds[-1])
-        rows.append([row, *(SPREAD.format(*mean_and_error(gold)) for gold in golds)])
+        rows.append([row, *(SPREAD.format(*mean_and_error(gold)) for gold in (*golds, golds[0] - golds[-1]))])
     return aligned(rows)
 
 
-def ppo_curves(runs: list[Run], row: str) -> dict[str, Tensor]:
+def ppo_curves(runs: list[Run], row: str) -> dict[str, torch.Tensor]:
     """Gold and model reward of the answers that PPO trains on, means over any 4 successive steps: [runs, steps − 3]."""
     curves = {"gold": [], "reward model": []}
     for run in runs:
-        log = read_log(run.folder / f"{policy_of(row)}.jsonl")
+        log = read_log(run.folder / f"{saved_as(STUDY[row])}.jsonl")
         curves["gold"].append([step["gold_reward"] for step in log])
         curves["reward model"].append([step["score"] for step in log])
     return {name: torch.tensor(values).double().unfold(1, 4, 1).mean(2) for name, values in curves.items()}
@@ -217,9 +185,8 @@ def ppo_table(curves: Numbers) -> str:
     for row, known in curves.items():
         for name, values in known.items():
             cells = [SPREAD.format(*mean_and_error(values[:, place])) for place in places]
-            last, best = values[:, -1], values.max(1).values  # [runs]
-            title = f"{row}: gold" if name == "gold" else f"  {name}"
-            rows.append([title, *cells, f"{last.std():.2f}", f"{(best - last).mean():.2f}"])
+            cells += [f"{values[:, -1].std():.2f}", f"{(values.max(1).values - values[:, -1]).mean():.2f}"]
+            rows.append([f"{row}: gold" if name == "gold" else f"  {name}", *cells])
     return aligned(rows)
 
 
@@ -231,26 +198,21 @@ def draw_figures(folder: Path, numbers: Numbers, curves: Numbers, noise: dict[fl
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     colours = {"SFT": "#7f7f7f", "DPO": "#0072b2", "PPO": "#d55e00", "MPO": "#009e73"}
     for axis, key, title in zip(axes, ("gold_reward", "reward"), ("gold reward", "reward model's reward"), strict=True):
-        markers = {family: itertools.cycle("osD^vPX*") for family in colours}
-        for row, values in numbers.items():
+        for (row, values), marker in zip(numbers.items(), "osD^vPX*osD^vPX*", strict=False):
             (kl, kl_error), (reward, error) = mean_and_error(values["kl"]), mean_and_error(values[key])
-            family = row[:3]
-            axis.errorbar(kl, reward, error, kl_error, next(markers[family]), color=colours[family], label=row,
-                          markersize=8, markerfacecolor=None if row == "MPO" else "none", capsize=2, clip_on=False)
+            axis.errorbar(kl, reward, error, kl_error, marker, color=colours[row[:3]], label=row, capsize=2)
         axis.set_xscale("function", functions=(lambda kl: kl.clip(0) ** 0.5, lambda root: root**2))
         axis.set(xlabel="KL from SFT, nats an answer (root scale)", ylabel=title, xlim=(0, None))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     figure.savefig(folder / "rewards.png")
-    figure, axes = pyplot.subplots(1, len(curves), sharey=True, squeeze=False, layout="constrained",
-                                   figsize=(3 * len(curves), 3))
+    figure, axes = pyplot.subplots(1, len(curves), sharey=True, squeeze=False, layout="constrained", figsize=(15, 3))
     for axis, (row, known) in zip(axes[0], curves.items(), strict=True):
         for (name, values), colour in zip(known.items(), ("#0072b2", "#d55e00"), strict=True):
             steps = range(4, 4 + values.shape[1])
             axis.plot(steps, values.T, color=colour, linewidth=0.7, alpha=0.5)
             axis.plot(steps, values.mean(0), color=colour, linewidth=2)
             axis.text(steps[-1], values[:, -1].mean() + 0.05, name, color=colour, ha="right")
-        axis.set(xlabel="PPO step", title=row)
-    axes[0, 0].set_ylabel("reward, means of 4 steps")
+        axis.set(xlabel="PPO step", ylabel="reward, means of 4 steps", title=row)
     figure.savefig(folder / "ppo.png")
     if noise:
         figure, axis = pyplot.subplots(layout="constrained")
@@ -264,33 +226,43 @@ def draw_figures(folder: Path, numbers: Numbers, curves: Numbers, noise: dict[fl
 
 def main() -> None:
     """Runs what the study lacks, prints its tables, and writes study.json and the figures."""
-    # 1. Train and evaluate: a folder for each seed, and one for each share of wrong labels and seed.
-    options = read_options()
-    folder, seeds, noisy_runs = Path(options.out), range(options.seed, options.seed + options.seeds), {}
+    # 1. A folder for each seed, and one for each share of wrong labels and seed.
+    settings = parse_settings(Settings, __doc__)
+    folder, seeds, noisy = Path(settings.out).resolve(), range(settings.seed, settings.seed + settings.seeds), {}
     runs = [Run(folder / f"seed{seed}", seed, list(STUDY)) for seed in seeds]
-    for share in NOISE if options.noise_seeds else []:
-        place, world = folder / f"wrong{100 * share:.0f}", f"{WORLD} --wrong-labels {share}"
-        few = seeds[: options.noise_seeds]
-        noisy_runs[share] = [Run(place / f"seed{seed}", seed, NOISE_ROWS, world) for seed in few]
-    run_all(sum(noisy_runs.values(), runs), options.parallel)
+    for share in NOISE if settings.noise_seeds else []:
+        at, world = folder / f"wrong{100 * share:.0f}", f"{WORLD} --wrong-labels {share}"
+        noisy[share] = [Run(at / run.folder.name, run.seed, NOISE_ROWS, world) for run in runs[: settings.noise_seeds]]
 
-    # 2. Every policy, and what MPO is ahead of each by; the course of PPO; wrong labels.
+    # 2. Run what is not done, folders side by side. When a command fails, or on Ctrl-C, the others save and end too.
+    everything = sum(noisy.values(), runs)
+    parallel = min(settings.parallel or (1 if torch.cuda.is_available() else CORES), len(everything))
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: what a shell starts in the background ignores it
+        signal.signal(number, signal.default_int_handler)
+    stop, bar = threading.Event(), tqdm(total=sum(len(run.commands) for run in everything), unit="command")
+    with bar, ThreadPoolExecutor(parallel) as pool:
+        futures = [pool.submit(run_folder, run, max(1, CORES // parallel), stop, bar) for run in everything]
+        try:
+            for future in as_completed(futures):
+                future.result()  # raises what run_folder raised
+        finally:
+            stop.set()
+
+    # 3. Tables and figures: every policy, and what MPO is ahead of each by; the course of PPO; wrong labels.
     numbers, curves = read_numbers(runs), {row: ppo_curves(runs, row) for row in PPO_ROWS}
-    noise = {share: read_numbers(group) for share, group in noisy_runs.items()}
-    print(f"toy world, mean ± standard error over {options.seeds} seeds. What a policy takes beyond SFT, its reward "
+    noise = {share: read_numbers(group) for share, group in noisy.items()}
+    golds = {row: values["gold_reward"] for row, values in numbers.items()}
+    print(f"toy world, mean ± standard error over {settings.seeds} seeds. What a policy takes beyond SFT, its reward "
           "model included:\noptimiser updates, tokens that PPO generated, seconds with other commands beside it\n\n"
-          f"{study_table(numbers)}\n\npaired by seed, gold reward")
-    print(differences({row: values["gold_reward"] for row, values in numbers.items()}, "MPO", "seeds"))
-    print("\nreward of the answers that PPO trains on, 128 a step: mean ± standard error over seeds")
-    print(ppo_table(curves))
+          f"{study_table(numbers)}\n\npaired by seed, gold reward\n{differences(golds, 'MPO', 'seeds')}\n\n"
+          "reward of the answers that PPO trains on, 128 a step: mean ± standard error over seeds\n"
+          f"{ppo_table(curves)}")
     if noise:
         print("\ngold reward by the share of wrong labels (of pairs with a better side, whatever the gap), mean ± "
-              f"standard error over {min(options.noise_seeds, options.seeds)} seeds\n{noise_table(noise)}")
-
-    # 3. Files.
+              f"standard error over {len(noisy[NOISE[0]])} seeds\n{noise_table(noise)}")
     content = {"seeds": list(seeds), "methods": numbers, "wrong_labels": noise}
-    write_text(folder / "study.json", json.dumps(content, indent=1, ensure_ascii=False, default=Tensor.tolist) + "\n")
-    if options.figure:
+    write_text(folder / "study.json", json.dumps(content, indent=1, default=torch.Tensor.tolist) + "\n")
+    if settings.figure:
         draw_figures(folder, numbers, curves, noise)
 
 

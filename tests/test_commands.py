@@ -1,130 +1,158 @@
-"""The six commands as a user meets them: the whole chain, baselines, stopping and going on, mistakes, and --help."""
+"""The six commands as a user meets them: the chain and what it writes, stopping and going on, kills, full disks and
+folders that are gone, mistakes, talk, and --help."""
 
 import contextlib
-import dataclasses
-import gzip
 import importlib
 import io
+import itertools
 import json
 import math
 import os
+import pkgutil
 import re
+import resource
+import runpy
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
+import tempfile
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
 
 import pytest
 import torch
 
 import model
-import ppo
-from model import GPT, CommonSettings, generate, load_model
 
-REPOSITORY = Path(model.__file__).parent
-SMALL = "--limit 300 --steps 20 --vocabulary 400 --dim 32 --layers 1 --heads 2 --kv-heads 1 --batch-size 16 --lr 1e-2"
+ROWS = "--limit 120 --context 320 --max-response 160"
 CHAIN = {  # command: flags that make it quick
-    "model": SMALL.split(),
-    "reward": "--steps 4 --batch-size 8".split(),
-    "split": [],
-    "dpo": "--steps 4 --batch-size 8".split(),
-    "ppo": "--steps 2 --batch-size 4 --ppo-epochs 2 --max-new-tokens 12".split(),
-    "evaluate": "--prompts 6 --max-new-tokens 12 --samples 1".split(),
+    "model": f"{ROWS} --vocabulary 300 --dim 16 --layers 1 --heads 2 --kv-heads 1 --steps 6 --batch-size 8 --lr 1e-2",
+    "reward": "--steps 6 --batch-size 8",
+    "split": "",
+    "dpo": "--steps 6 --batch-size 8 --lr 1e-3",
+    "ppo": "--steps 6 --batch-size 4 --minibatch-size 2 --max-new-tokens 8",
+    "evaluate": "--prompts 6 --max-new-tokens 8 --samples 1",
 }
-TRAINING = ["model", "reward", "dpo", "ppo"]
-CHECKPOINT = {"model": "sft.pt", "reward": "reward.pt", "dpo": "dpo.pt", "ppo": "ppo.pt"}
+SAVED = {"model": "sft", "reward": "reward", "dpo": "dpo", "ppo": "ppo"}  # training stage: its checkpoint's name
+READS = """reward --data pairs.pt model, reward --test test.pt model, reward --init sft.pt model,
+split --data pairs.pt model, split --init reward.pt reward, dpo --data easy.pt split, dpo --init sft.pt model,
+ppo --data hard.pt split, ppo --init dpo.pt dpo, ppo --reference sft.pt model, ppo --reward reward.pt reward,
+evaluate --data test.pt model, evaluate --sft sft.pt model, evaluate --reward reward.pt reward,
+evaluate --policies ppo.pt ppo"""
+READS = [one.split() for one in READS.split(",")]  # command, a flag that names a file, a file that fits, what makes it
 MEASURES = ["gold_reward", "reward", "win_rate_vs_chosen", "win_rate_vs_sft", "kl", "length", "ended"]
 
 
-# ---- Helpers ----
-
-
-def run(command: str, *flags) -> SimpleNamespace:
-    """Runs a command in this process. A traceback of the command is a traceback here."""
-    code, out, err = 0, io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+def run(command: str, out: Path, *flags, hooks: tuple = ()) -> SimpleNamespace:
+    """Runs a command in this process, with its quick flags and then these: its exit code, stdout and stderr. A hook is
+    (function, number, action): the action comes just before that call, counted from 1, of the function named."""
+    code, screen, errors, limit = 0, io.StringIO(), io.StringIO(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    flags = [*CHAIN[command].split(), "--device", "cpu", "--out", out, *flags]
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{command}.py", *map(str, flags)])
-        try:
-            model.run_command(importlib.import_module(command).main)
-        except SystemExit as stop:
-            code = stop.code
-    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+        main = importlib.import_module(command).main
+        for name, number, action in hooks:
+            patch.setattr(name, before_call(pkgutil.resolve_name(name), number, action))
+        with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(errors):
+            try:
+                model.run_command(main)
+            except SystemExit as stop:
+                code = stop.code
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    return SimpleNamespace(code=code, out=screen.getvalue(), err=errors.getvalue())
 
 
-def train(command: str, out: Path, *flags) -> SimpleNamespace:
-    """Runs a command of the chain that must succeed, with its quick flags, on the CPU."""
-    result = run(command, *CHAIN[command], "--device", "cpu", "--out", out, *flags)
+def before_call(function, number: int, action):
+    """The function, but with `action` called just before call `number`."""
+    calls = itertools.count(1)
+
+    def hooked(*arguments, **named):
+        if next(calls) == number:
+            action()
+        return function(*arguments, **named)
+
+    return hooked
+
+
+def send(number: int):
+    """An action that sends this process a signal."""
+    return lambda: os.kill(os.getpid(), number)
+
+
+def succeed(command: str, out: Path, *flags) -> str:
+    """What a command prints that must succeed."""
+    result = run(command, out, *flags)
     assert not result.code, result.err
-    return result
+    return result.out
 
 
-def shell(command: str, *flags, cwd: Path) -> subprocess.Popen:
-    """Starts a command in a process of its own."""
-    script = cwd / f"{command}.py" if (cwd / f"{command}.py").exists() else REPOSITORY / f"{command}.py"
-    return subprocess.Popen([sys.executable, script, *map(str, flags)], cwd=cwd, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})  # fmt: skip
+def complaint(result: SimpleNamespace) -> str:
+    """The one line on stderr with which a command ended that could not go on; beside it are progress bars only."""
+    assert result.code == 2, result
+    lines = [line for line in re.split(r"[\r\n]+", result.err) if line.strip()]
+    lines = [line for line in lines if not re.search(r"\d+%\||\[\d\d:\d\d.*\]$", line)]
+    assert len(lines) == 1 and re.match(r"\w+\.py: ", lines[0]), lines
+    return lines[0]
 
 
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def complaint(command: str, out: Path, *flags) -> str:
-    """The one line with which a command refuses its flags, and leaves the files in `out` as they were."""
+def refusal(command: str, out: Path, *flags) -> str:
+    """The line with which a command refuses its flags; every file in `out` is as it was."""
     before = contents(out)
-    result = run(command, *CHAIN[command], "--out", out, *flags)
-    assert result.code == 2
-    assert contents(out) == before, "a command that failed wrote files"
-    assert result.err.count("\n") == 1 and result.err.endswith("\n"), f"not one line: {result.err!r}"
-    line = result.err[:-1].rpartition("\r")[2]  # before it, at most a progress bar that was wiped away
-    assert line.startswith(f"{command}.py: ")
+    line = complaint(run(command, out, *flags))
+    assert contents(out) == before and line.startswith(f"{command}.py: ")
     return line
 
 
-def log_of(path: Path) -> list[dict]:
-    """The lines of a log, read as strict JSON: NaN and Infinity are errors."""
-
-    def refuse(text):
-        raise ValueError(f"{text} in {path}")
-
-    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return torch.load(path, weights_only=True)["weights"]
+def content(path: Path) -> dict:
+    """What a .pt file holds."""
+    return torch.load(path, weights_only=True)
+
+
+def log(path: Path) -> list[dict]:
+    """The records of a log, read as strict JSON, without those numbers that depend on the clock."""
+    records = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in record.items() if "second" not in name and "memory" not in name}
+            for record in records]
 
 
 def same_weights(first: Path, second: Path) -> bool:
-    ours, theirs = weights(first), weights(second)
+    """To the last bit."""
+    ours, theirs = content(first)["weights"], content(second)["weights"]
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def run_chain(folder: Path, **more: list) -> SimpleNamespace:
-    """All six commands, in folder/out, from an empty working directory folder/cwd."""
-    (folder / "cwd").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder / "cwd")
-        results = {name: train(name, folder / "out", *more.get(name, [])) for name in CHAIN}
-    evaluation = json.loads((folder / "out" / "evaluation.json").read_text())
-    return SimpleNamespace(folder=folder, out=folder / "out", results=results, evaluation=evaluation)
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> SimpleNamespace:
-    """The whole chain on the toy world. Tests only read it."""
-    return run_chain(tmp_path_factory.mktemp("toy"))
+    """The whole chain on the toy world, run in an empty folder. Tests only read it."""
+    folder = tmp_path_factory.mktemp("toy")
+    (folder / "cwd").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder / "cwd")
+        printed = {command: succeed(command, folder / "out") for command in CHAIN}
+    return SimpleNamespace(folder=folder, out=folder / "out", printed=printed)
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory) -> Path:
-    """Another toy run: a tokenizer of the same size with other merges."""
-    out = tmp_path_factory.mktemp("other")
-    train("model", out, "--seed", 1, "--limit", 100, "--steps", 0)
-    train("reward", out, "--steps", 0)
-    return out
+    """The chain on pairs of the user's own, which have no gold reward."""
+    folder = tmp_path_factory.mktemp("other")
+    row = '{"prompt": "Is %s odd?", "chosen": " Yes, %s is.", "rejected": " No."}\n'
+    (folder / "rows.jsonl").write_text("".join(row % (number, number) for number in range(60)))
+    for command in CHAIN:
+        succeed(command, folder / "out", *["--data", folder / "rows.jsonl"] * (command == "model"))
+    return folder / "out"
 
 
 @pytest.fixture
@@ -134,735 +162,338 @@ def out(toy, tmp_path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def empty_working_directory(tmp_path_factory, monkeypatch):
-    """So that no file which lies about in the checkout is found by its bare name."""
+def surroundings(tmp_path_factory, monkeypatch):
+    """An empty working folder, and Ctrl-C as in a shell: what runs in the background inherits deaf ears."""
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
-# ---- The whole chain ----
+# ---- The chain, and what it writes ----
 
 
-def test_the_chain_writes_every_file_and_leaves_no_rubbish(toy):
-    made = {path.name for path in toy.out.iterdir()}
-    logs = {"sft.jsonl", "reward.jsonl", "dpo.jsonl", "ppo.jsonl"}
-    assert made >= {"pairs.pt", "test.pt", "easy.pt", "hard.pt", "evaluation.json", *CHECKPOINT.values()} | logs
-    assert not [name for name in made if name.endswith((".part", ".state.pt"))]
+def test_the_chain_writes_these_files_and_nothing_outside_its_folder_and_says_what_comes_next(toy):
+    names = [f"{name}.{ending}" for name in SAVED.values() for ending in ("pt", "jsonl")]
+    names += ["pairs.pt", "test.pt", "easy.pt", "hard.pt", "evaluation.json"]
+    assert sorted(contents(toy.folder)) == sorted(f"out/{name}" for name in names)
+    for command, following in itertools.pairwise(CHAIN):
+        names = [f"{toy.out}/{name}.pt" for name in ([SAVED[command]] if command in SAVED else ["easy", "hard"])]
+        expected = f"wrote {', '.join(names)}; next: python {following}.py --out {toy.out}"
+        assert toy.printed[command].splitlines()[-1] == expected
+    assert toy.printed["evaluate"].splitlines()[-1] == f"wrote {toy.out}/evaluation.json"
+    made = [content(path)["made"] for path in toy.out.glob("*.pt")]
+    assert made[0]["data"] and all(one["data"] == made[0]["data"] for one in made)
+    assert content(toy.out / "dpo.pt")["made"]["command"] == f"dpo.py {CHAIN['dpo']} --device cpu --out {toy.out}"
 
 
-def test_nothing_is_written_outside_the_out_folder(toy):
-    assert sorted(path.name for path in toy.folder.iterdir()) == ["cwd", "out"]
-    assert not list((toy.folder / "cwd").iterdir())
+@pytest.mark.parametrize("command, flag, name", [
+    ("model", "--save", "mine.pt"), ("reward", "--save", "mine.pt"), ("split", "--easy", "my pairs.pt"),
+    ("dpo", "--save", "dpo_0.5.pt"), ("ppo", "--save", "mine.pt"),
+])
+def test_the_command_that_is_suggested_next_can_be_pasted_and_reads_what_was_written(out, command, flag, name):
+    written, _, following = succeed(command, out, flag, name).splitlines()[-1].rpartition("; next: python ")
+    written = Path(re.match(r"wrote ([^,]*)", written)[1])
+    following, *flags = shlex.split(following)
+    assert written.name == Path(name).name and any(Path(flag).name == written.name for flag in flags)
+    assert flag != "--save" or len(log(out / name.replace(".pt", ".jsonl"))) == 6
+    before = written.read_bytes()
+    succeed(following.removesuffix(".py"), out, *flags)
+    assert written.read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "command, written, following",
-    [
-        ("model", ["sft.pt"], "reward.py"),
-        ("reward", ["reward.pt"], "split.py"),
-        ("split", ["easy.pt", "hard.pt"], "dpo.py"),
-        ("dpo", ["dpo.pt"], "ppo.py"),
-        ("ppo", ["ppo.pt"], "evaluate.py"),
-        ("evaluate", ["evaluation.json"], None),
-    ],
-)
-def test_the_last_line_says_what_was_written_and_what_comes_next(toy, command, written, following):
-    last = toy.results[command].out.rstrip("\n").splitlines()[-1]
-    for name in written:
-        assert str(toy.out / name) in last
-    assert following is None or re.search(rf"python {following} .*--out {re.escape(str(toy.out))}", last)
+def test_logs_have_finite_numbers_for_each_step_and_the_parts_add_up(toy):
+    for command, name in SAVED.items():
+        path, rate = toy.out / f"{name}.jsonl", f"{'episodes' if command == 'ppo' else 'pairs'}_per_second"
+        assert [record["step"] for record in log(path)] == list(range(6))
+        for record in map(json.loads, path.read_text().splitlines()):
+            assert all(map(math.isfinite, record.values())) and record["loss"]
+            assert all(record[key] > 0 for key in ("lr", "grad_norm", "seconds", "tokens_per_second", rate))
+            assert 10 < record["peak_memory_mb"] < 100_000
+        assert command in ("reward", "ppo") or log(path)[-1]["loss"] < log(path)[0]["loss"]
+    count = {name: len(content(toy.out / f"{name}.pt")["lengths"]) for name in ("pairs", "test", "easy", "hard")}
+    assert count["pairs"] + count["test"] == 120 and count["easy"] == count["hard"] == count["pairs"] // 2
 
 
-@pytest.mark.parametrize("command", TRAINING)
-def test_every_line_of_a_log_is_an_object_with_the_common_metrics(toy, command):
-    log = log_of((toy.out / CHECKPOINT[command]).with_suffix(".jsonl"))
-    steps = int(CHAIN[command][CHAIN[command].index("--steps") + 1])
-    assert [record["step"] for record in log] == list(range(steps))
-    rate = "episodes_per_second" if command == "ppo" else "pairs_per_second"
-    for name in ("loss", "lr", "grad_norm", "seconds", "tokens_per_second", "peak_memory_mb", rate):
-        assert all(math.isfinite(record[name]) for record in log), name
-    for name in ("lr", "seconds", "tokens_per_second", "peak_memory_mb", rate):
-        assert all(record[name] > 0 for record in log), name
+def test_the_evaluation_has_every_measure_of_every_policy(toy, other):
+    for out, gold in ((toy.out, True), (other, False)):
+        rows = json.loads((out / "evaluation.json").read_text(), parse_constant=pytest.fail)
+        assert list(rows) == ["sft", "dpo", "ppo"] and rows["sft"]["win_rate_vs_sft"] == 0.5
+        assert rows["sft"]["kl"] == pytest.approx(0, abs=1e-4) and rows["ppo"]["kl"] != 0
+        for row, name, end in itertools.product(rows.values(), MEASURES, ("", "_se", "_low", "_high")):
+            assert math.isfinite(row[name + end]) if gold or name != "gold_reward" else row[name + end] is None
+        assert ("gold_reward" in log(out / "ppo.jsonl")[0]) == gold
 
 
-def test_the_evaluation_has_every_measure_of_every_policy_with_its_error(toy):
-    assert list(toy.evaluation) == ["sft", "dpo", "ppo"]
-    for summary in toy.evaluation.values():
-        for name in MEASURES:
-            assert math.isfinite(summary[name]) and summary[f"{name}_se"] >= 0
-        for name in ("win_rate_vs_chosen", "win_rate_vs_sft", "ended"):
-            assert 0 <= summary[name] <= 1
-        assert 1 <= summary["length"] <= 12
-
-
-def test_dpo_starts_at_ln_2_and_ppo_and_sft_at_kl_0(toy):
-    assert abs(log_of(toy.out / "dpo.jsonl")[0]["loss"] - math.log(2)) < 1e-6
-    assert abs(log_of(toy.out / "ppo.jsonl")[0]["kl"]) < 1e-4
-    assert abs(toy.evaluation["sft"]["kl"]) < 1e-4
-    assert toy.evaluation["sft"]["win_rate_vs_sft"] == 0.5
-
-
-def test_training_lowers_the_loss_and_the_split_parts_add_up(toy):
-    losses = [record["loss"] for record in log_of(toy.out / "sft.jsonl")]
-    assert losses[-1] < losses[0] - 0.5
-    sizes = {name: len(torch.load(toy.out / f"{name}.pt", weights_only=True)["lengths"])
-             for name in ("pairs", "easy", "hard")}  # fmt: skip
-    assert sizes["easy"] + sizes["hard"] == sizes["pairs"] and abs(sizes["easy"] - sizes["hard"]) <= 1
-
-
-def test_a_log_stays_json_when_the_only_answer_is_one_token(out):
-    train("ppo", out, "--batch-size", 1, "--max-new-tokens", 1)
-    assert [record["length"] for record in log_of(out / "ppo.jsonl")] == [1, 1]
-
-
-@pytest.mark.parametrize(
-    "command, flags, following",
-    [
-        ("reward", ["--save", "mine.pt"], "python split.py --init mine.pt --easy EASY_NAME.pt --hard HARD_NAME.pt"),
-        ("split", ["--easy", "mine.pt"], "python dpo.py --data mine.pt --save NAME.pt"),
-        ("dpo", ["--save", "mine.pt"], "python ppo.py --init mine.pt --save NAME.pt"),
-        ("ppo", ["--save", "mine.pt"], "python evaluate.py --policies sft.pt mine.pt"),
-        ("split", ["--hard", "mine.pt"], "python dpo.py"),
-    ],
-)
-def test_the_command_that_comes_next_reads_what_was_written(out, command, flags, following):
-    last = train(command, out, *flags).out.splitlines()[-1]
-    assert "mine.pt" in last.split("; next: ")[0] and last.endswith(f"; next: {following} --out {out}")
-
-
-def test_a_command_typed_in_the_checkout_works_and_writes_only_to_out(toy, tmp_path):
+def test_a_command_typed_in_the_checkout_writes_to_out_alone_whatever_the_terminal_can_show(out, tmp_path):
     for source in REPOSITORY.glob("*.py"):
         shutil.copy(source, tmp_path)
-    shutil.copytree(toy.out, tmp_path / "mine")
-    before = contents(tmp_path)
-    flags = ["--data", "easy.pt", "--out", "mine", "--save", "typed.pt", "--steps", 2, "--batch-size", 8]
-    process = shell("dpo", *flags, cwd=tmp_path)
-    printed, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert (
-        printed.splitlines()[-1] == "wrote mine/typed.pt; next: python ppo.py --init typed.pt --save NAME.pt --out mine"
-    )
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONIOENCODING": "ascii"}  # which has no γ
+    before, line = contents(tmp_path), "split.py --easy my_easy.pt --hard my_hard.pt"
+    typed = subprocess.run([sys.executable, *line.split()], cwd=tmp_path, env=environment, text=True,
+                           capture_output=True, timeout=100)
+    assert typed.returncode == 0, typed.stderr
+    assert typed.stdout.splitlines()[-1].startswith("wrote out/my_easy.pt, out/my_hard.pt; next: python dpo.py --data ")
     after = contents(tmp_path)
-    assert {path.relative_to(tmp_path).as_posix() for path in after.keys() - before.keys()} == {
-        "mine/typed.pt",
-        "mine/typed.jsonl",
-    }
-    assert all(after[path] == old for path, old in before.items())
+    assert after.keys() - before.keys() == {"out/my_easy.pt", "out/my_hard.pt"} and after | before == after
 
 
-@pytest.mark.parametrize("command", TRAINING)
-def test_checkpointed_gradients_are_the_same(toy, out, command):
-    train(command, out, "--grad-checkpoint")
-    for name, tensor in weights(out / CHECKPOINT[command]).items():
-        torch.testing.assert_close(tensor, weights(toy.out / CHECKPOINT[command])[name], rtol=0, atol=1e-6)
+@pytest.mark.parametrize("command, name", SAVED.items())
+def test_grad_checkpoint_leaves_the_weights_as_they_are_and_another_seed_does_not(toy, out, command, name):
+    calls = []
+    run(command, out, "--grad-checkpoint", hooks=[("model.checkpoint", 1, lambda: calls.append(command))])
+    assert calls
+    first, second = (dict(content(folder / f"{name}.pt")["weights"]) for folder in (toy.out, out))
+    torch.testing.assert_close(second, first, rtol=0, atol=1e-6)
+    flags = ["--steps", 0] if command == "model" else []  # another seed makes other toy pairs, too
+    for save, seed in (("one.pt", 0), ("two.pt", 1763822805123456789)):  # a time in nanoseconds
+        succeed(command, out, "--save", save, "--seed", seed, *flags)
+    assert not same_weights(out / "one.pt", out / "two.pt")
 
 
-def test_a_bare_name_is_looked_up_in_out_first_and_then_as_a_path(out):
-    shutil.move(out / "easy.pt", "mine.pt")
-    train("dpo", out, "--data", "mine.pt")
-    shutil.copy(out / "sft.pt", "mine.pt")
-    shutil.copy(out / "hard.pt", out / "mine.pt")
-    train("dpo", out, "--data", "mine.pt")
-
-
-# ---- Data of the user's own, in the layout of HH ----
-
-
-def hh_rows() -> list[dict]:
-    """Dialogues of one to three turns, and rows with every fault that a row may have."""
-    places = "river wood hill lake town garden market bridge harbour field".split()
-    rows = []
-    for number in range(48):
-        place, talk = places[number % 10], ""
-        for turn in range(number % 3):
-            talk += f"\n\nHuman: Question {turn}, how far is the {place}?\n\nAssistant: It is {number} miles away."
-        talk += f"\n\nHuman: What can I see at the {place} on day {number}?\n\nAssistant:"
-        rows.append({"chosen": f"{talk} The {place} is best in the morning.", "rejected": f"{talk} Nothing much."})
-    talk = "\n\nHuman: Is it warm today?\n\nAssistant:"
-    rows += 3 * [{"chosen": f"{talk} Yes.", "rejected": f"{talk} Yes."}]
-    rows += 2 * [{"chosen": "It is warm.", "rejected": "It is cold."}]
-    rows += 4 * [{"chosen": f"{talk} Yes, it is.", "rejected": talk}]
-    rows += [{"chosen": f"{talk} Yes.", "rejected": f"{talk.replace('warm', 'cold')} Yes, a little."}]
-    rows += 2 * [{"chosen": f"{talk} {'Very warm indeed. ' * 40}", "rejected": f"{talk} No."}]
-    long_talk = "\n\nHuman: Tell me more.\n\nAssistant: There is not more to tell." * 20
-    rows += [{"chosen": f"{long_talk}{talk} Warm, yes.", "rejected": f"{long_talk}{talk} Cold, no."}]
-    rows += [{"chosen": f"{talk} Café ☀ <|endoftext|> \ud83d \x00.", "rejected": f"{talk} 🙂"}]
-    return rows
-
-
-@pytest.fixture(scope="module")
-def hh(tmp_path_factory) -> SimpleNamespace:
-    """The whole chain on the dialogues above."""
-    folder = tmp_path_factory.mktemp("hh")
-    path = tmp_path_factory.mktemp("data") / "talks.jsonl.gz"
-    with gzip.open(path, "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in hh_rows())
-    return run_chain(folder, model=["--data", path, "--steps", 3, "--context", 160, "--max-response", 60])
-
-
-def test_dropped_rows_are_counted_on_the_screen(hh):
-    screen = hh.results["model"].out
-    assert "62 rows read" in screen
-    for what, count in [("identical", 3), ("Assistant", 2), ("empty response", 4), ("prompts differ", 1),
-                        ("response over 60 tokens", 2), ("cut at its beginning", 1)]:  # fmt: skip
-        assert re.search(rf"{what}.*: {count}$", screen, re.MULTILINE), what
-    train_pairs, test_pairs = map(int, re.search(r"(\d+) training pairs, (\d+) test pairs", screen).groups())
-    assert train_pairs + test_pairs == 62 - 3 - 2 - 4 - 1 - 2 and test_pairs > 0
-
-
-def test_without_gold_reward_it_is_null_and_the_rest_is_there(hh):
-    assert list(hh.evaluation) == ["sft", "dpo", "ppo"]
-    for summary in hh.evaluation.values():
-        assert summary["gold_reward"] is None and summary["gold_reward_se"] is None
-        assert all(math.isfinite(summary[name]) for name in MEASURES if name != "gold_reward")
-    assert re.search(r"^SFT +– ", hh.results["evaluate"].out, re.MULTILINE)
-    assert "gold_reward" not in log_of(hh.out / "ppo.jsonl")[0]
-
-
-# ---- Baselines ----
-
-
-@pytest.mark.parametrize("name", ["dpo_all", "dpo_beta_0.5"])
-def test_a_baseline_lives_beside_the_main_run(out, name):
+def test_baselines_live_beside_the_main_run(out, monkeypatch):
     before = contents(out)
-    train("dpo", out, "--data", "pairs.pt", "--save", f"{name}.pt", "--steps", 3)
+    succeed("dpo", out, "--data", "pairs.pt", "--save", "dpo_all.pt", "--steps", 3)
+    succeed("ppo", out, "--data", "pairs.pt", "--init", "sft.pt", "--save", "ppo_all.pt", "--steps", 0)
     after = contents(out)
-    assert {path.name for path in after.keys() - before.keys()} == {f"{name}.pt", f"{name}.jsonl"}
-    assert all(after[path] == old for path, old in before.items())
-    assert len(log_of(out / f"{name}.jsonl")) == 3
-    train("evaluate", out, "--policies", "dpo.pt", f"{name}.pt")
-    assert list(json.loads((out / "evaluation.json").read_text())) == ["dpo", name]
-
-
-def test_a_checkpoint_in_a_folder_of_its_own_leaves_the_main_run_alone(out):
-    before = contents(out)
-    result = run("dpo", *CHAIN["dpo"], "--out", out, "--device", "cpu", "--save", "run2/dpo.pt")
-    assert result.code == 2 or (out / "run2" / "dpo.pt").exists()
-    after = contents(out)
-    assert [path.name for path, old in before.items() if after[path] != old] == []
-
-
-def test_two_policies_of_one_name_are_not_taken_for_one_another(out):
-    train("dpo", out, "--save", "away.pt", "--lr", 1e-2, "--warmup", 0)
-    (out / "run2").mkdir()
-    shutil.copy(out / "away.pt", out / "run2" / "sft.pt")
-    train("evaluate", out, "--policies", "away.pt", "--save", "expected.json")
-    (expected,) = json.loads((out / "expected.json").read_text()).values()
-    assert expected["kl"] > 0.01 and expected["win_rate_vs_sft_se"] > 0  # it answers otherwise than sft.pt does
-    train("evaluate", out, "--policies", "run2/sft.pt", "--save", "one.json")
-    (one,) = json.loads((out / "one.json").read_text()).values()
-    assert one == expected
-    both = run("evaluate", *CHAIN["evaluate"], "--out", out, "--policies", "sft.pt", "run2/sft.pt", "--save", "2.json")
-    assert both.code == 2 or len(json.loads((out / "2.json").read_text())) == 2
-
-
-@pytest.mark.parametrize("command, init", [("dpo", "sft.pt"), ("ppo", "dpo.pt")])
-def test_no_steps_leave_the_weights_as_they_were(out, command, init):
-    train(command, out, "--steps", 0, "--save", "same.pt")
-    assert same_weights(out / "same.pt", out / init)
-    assert log_of(out / "same.jsonl") == []
-
-
-@pytest.mark.parametrize("command", TRAINING)
-def test_the_seed_alone_decides_the_weights(toy, out, command):
-    train(command, out, "--save", "again.pt")
-    train(command, out, "--save", "else.pt", "--seed", 7)
-    assert same_weights(out / "again.pt", toy.out / CHECKPOINT[command])
-    assert not same_weights(out / "else.pt", toy.out / CHECKPOINT[command])
+    assert after.keys() - before.keys() == {"dpo_all.pt", "dpo_all.jsonl", "ppo_all.pt", "ppo_all.jsonl"}
+    assert after | before == after and same_weights(out / "ppo_all.pt", out / "sft.pt")
+    succeed("evaluate", out, "--policies", "dpo_all.pt", "ppo_all.pt", "ppo.pt", "--save", "all.json")
+    assert list(json.loads((out / "all.json").read_text())) == ["dpo_all", "ppo_all", "ppo"]
+    monkeypatch.setitem(CHAIN, "model", f"{ROWS} --steps 2 --batch-size 8")
+    succeed("model", out, "--init", "sft.pt", "--save", "sft2.pt")
+    assert not same_weights(out / "sft2.pt", out / "sft.pt")
+    succeed("dpo", out, "--init", "sft2.pt")  # the same data, made anew, goes with the files of before
 
 
 # ---- Stopping and going on ----
 
 
-def at_step(monkeypatch, number: int, action) -> None:
-    """Has `action` called at the end of step `number` of the next training loop."""
-    log = model.Training.log
-
-    def log_and_act(self, *arguments, **metrics):
-        log(self, *arguments, **metrics)
-        if self.step == number:
-            action()
-
-    monkeypatch.setattr(model.Training, "log", log_and_act)
+def go_on(command: str, out: Path, toy: SimpleNamespace) -> None:
+    """--resume finishes a run that was cut as if there had been no pause: weights to the last bit, every number of the
+    log, and nothing left over."""
+    succeed(command, out, "--resume")
+    name = SAVED[command]
+    assert same_weights(out / f"{name}.pt", toy.out / f"{name}.pt")
+    assert log(out / f"{name}.jsonl") == log(toy.out / f"{name}.jsonl")
+    assert not [path for path in contents(out) if path.endswith((".state.pt", ".part"))]
 
 
-@pytest.mark.parametrize("command", TRAINING)
-def test_a_stopped_run_goes_on_as_if_it_never_stopped(out, monkeypatch, command):
-    flags = [*CHAIN[command], "--device", "cpu", "--steps", 6]
-    train(command, out, "--steps", 6, "--save", "whole.pt")
-    with monkeypatch.context() as patch:
-        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
-        stopped = run(command, *flags, "--out", out, "--save", "cut.pt")
-    assert stopped.code == 130
-    assert "--resume" in stopped.out + stopped.err
-    assert not (out / "cut.pt").exists() and len(log_of(out / "cut.jsonl")) == 3
-    train(command, out, "--steps", 6, "--save", "cut.pt", "--resume")
-    assert same_weights(out / "cut.pt", out / "whole.pt")
-    whole, cut = log_of(out / "whole.jsonl"), log_of(out / "cut.jsonl")
-    assert [record["step"] for record in cut] == [0, 1, 2, 3, 4, 5]
-    assert [record["loss"] for record in cut] == [record["loss"] for record in whole]
-    assert not list(out.glob("*.state.pt"))
+@pytest.mark.parametrize("command, number", list(zip(SAVED, [signal.SIGTERM, signal.SIGINT] * 2, strict=True)))
+def test_ctrl_c_and_sigterm_stop_after_the_step_and_resume_ends_the_same(out, toy, command, number):
+    name, handlers = SAVED[command], [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    (out / f"{name}.pt").unlink()
+    result = run(command, out, hooks=[("model.Training.log", 3, send(number))])
+    assert result.code == 130 and "Traceback" not in result.err
+    assert result.out.splitlines()[-1] == "stopped after step 3 of 6; the same command with --resume goes on"
+    assert handlers == [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    assert len(log(out / f"{name}.jsonl")) == 3 and not (out / f"{name}.pt").exists()
+    # A run without --resume would throw three steps away, and one with another flag would be neither run.
+    assert f"{name}.state.pt: a run was stopped; --resume" in refusal(command, out)
+    assert "--lr is 0.5, but the saved run had" in refusal(command, out, "--resume", "--lr", 0.5)
+    go_on(command, out, toy)
 
 
-def test_a_killed_run_goes_on_from_its_last_saved_state(out, monkeypatch):
-    def crash():
-        raise RuntimeError("power cut")
-
-    train("dpo", out, "--steps", 8, "--save", "whole.pt")
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
-        at_step(patch, 5, crash)
-        train("dpo", out, "--steps", 8, "--save", "cut.pt", "--save-every", 2)
-    assert len(log_of(out / "cut.jsonl")) == 6  # two steps more than the saved state
-    train("dpo", out, "--steps", 8, "--save", "cut.pt", "--resume")
-    assert same_weights(out / "cut.pt", out / "whole.pt")
-    assert [record["step"] for record in log_of(out / "cut.jsonl")] == list(range(8))
+@pytest.mark.parametrize("command, name, times", [
+    ("model", "model.train_tokenizer", 1), ("reward", "reward.load_model", 1), ("dpo", "dpo.pair_logprobs", 1),
+    ("ppo", "ppo.load_pairs", 1), ("dpo", "model.Training.log", 2),
+])
+def test_ctrl_c_before_training_and_a_second_one_stop_at_once(out, command, name, times):
+    before = contents(out)
+    result = run(command, out, hooks=[(name, 1, send(signal.SIGINT))] * times)
+    assert result.code == 130 and result.err.endswith("stopped\n") and "Traceback" not in result.err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert contents(out) | {"dpo.jsonl": b""} == before | {"dpo.jsonl": b""}
 
 
-def test_a_second_ctrl_c_stops_at_once_and_leaves_the_checkpoint(out, monkeypatch):
-    before, handler = (out / "dpo.pt").read_bytes(), signal.getsignal(signal.SIGINT)
-
-    def twice():
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.01)  # the handler runs between two lines of Python
-
-    at_step(monkeypatch, 1, twice)
-    result = run("dpo", *CHAIN["dpo"], "--device", "cpu", "--out", out)
-    assert result.code == 130 and result.err.endswith("stopped\n")
-    assert (out / "dpo.pt").read_bytes() == before
-    assert signal.getsignal(signal.SIGINT) is handler
+def test_ctrl_c_after_the_last_step_loses_none(out, toy):
+    assert run("reward", out, hooks=[("reward.score_pairs", 1, send(signal.SIGINT))]).code == 130
+    assert content(out / "reward.state.pt")["step"] == 6
+    go_on("reward", out, toy)
 
 
-def test_ctrl_c_stops_a_real_process_with_130_and_no_traceback(out):
-    process = shell("dpo", "--out", out, "--save", "long.pt", "--steps", 100000, "--batch-size", 2, cwd=out)
-    log, began = out / "long.jsonl", time.monotonic()
+def test_ctrl_c_in_the_middle_of_a_write_is_no_failed_write(out, toy, monkeypatch):
+    before, save = (out / "dpo.pt").read_bytes(), torch.save
+    with monkeypatch.context() as patch:  # torch makes another error of what is raised in a write
+        policy_file = SimpleNamespace(write=lambda data: send(signal.SIGINT)() or len(data))
+        patch.setattr(torch, "save", lambda what, file: save(what, policy_file if what["kind"] == "policy" else file))
+        result = run("dpo", out)
+    assert result.code == 130 and result.err.endswith("stopped\n") and (out / "dpo.pt").read_bytes() == before
+    go_on("dpo", out, toy)
+
+
+def die_in_the_next_write() -> None:
+    """SIGKILL comes when a file is written, but is neither on the disk nor in its place."""
+    os.fsync = before_call(os.fsync, 1, send(signal.SIGKILL))
+
+
+KILLS = {  # when a run dies: a hook, steps logged by then, and the step of the state
+    "in a step": (("model.Training.log", 4, send(signal.SIGKILL)), 3, 2),
+    "in a save": (("model.Training.save_state", 2, die_in_the_next_write), 4, 2),
+    "in the last save": (("model.save_model", 1, die_in_the_next_write), 6, 6),
+}
+
+
+def be_killed(folder: Path) -> None:
+    """What a process of its own does: each run in a fork, until it is killed, on the files in FOLDER/<stage>/<when>."""
+    importlib.import_module("torch._dynamo")  # once, not in each fork
+    for command, when in itertools.product(SAVED, KILLS):
+        if os.fork() == 0:
+            run(command, folder / command / when, "--save-every", 2, hooks=[KILLS[when][0]])
+            os._exit(1)
+        assert os.WTERMSIG(os.wait()[1]) == signal.SIGKILL, (command, when)
+
+
+@pytest.fixture(scope="module")
+def killed(toy, tmp_path_factory) -> Path:
+    """What be_killed leaves."""
+    folder = tmp_path_factory.mktemp("killed")
+    for command, when in itertools.product(SAVED, KILLS):
+        shutil.copytree(toy.out, folder / command / when, ignore=shutil.ignore_patterns(f"{SAVED[command]}.*"))
+    subprocess.run([sys.executable, __file__, folder], check=True, timeout=100)
+    return folder
+
+
+@pytest.mark.parametrize("command, when", list(itertools.product(SAVED, KILLS)))
+def test_a_killed_run_leaves_whole_files_and_goes_on_from_its_last_state(killed, toy, command, when):
+    out, name, (_, logged, step) = killed / command / when, SAVED[command], KILLS[when]
+    assert content(out / f"{name}.state.pt")["step"] == step and len(log(out / f"{name}.jsonl")) == logged
+    assert all(content(path)["kind"] for path in out.glob("*.pt")) and not (out / f"{name}.pt").exists()
+    with (out / f"{name}.jsonl").open("ab") as file:
+        file.write(b'{"step": 3, "caf\xe9\0\0\n17\n[')  # as a power cut may leave it
+    go_on(command, out, toy)
+
+
+@pytest.mark.parametrize("command", SAVED)
+def test_resume_without_a_state_is_refused(out, command):
+    name = f"{SAVED[command]}.state.pt"
+    line = refusal(command, out, "--resume", "--seed", 3)  # the seed: model.py keeps its old pairs.pt all the same
+    assert f"{out}/{name}" in line and "--resume" in line
+    (out / name).write_bytes((out / "sft.pt").read_bytes()[:9000])
+    assert f"{name}: damaged" in refusal(command, out, "--resume")
+
+
+# ---- A full disk, and folders that cannot be written to or are gone ----
+
+FULL = [(command, f"{name}.pt", "model.save_model", 1, 10_000, 6) for command, name in SAVED.items()]
+FULL += [("dpo", "dpo.state.pt", "model.Training.save_state", 2, size, 2) for size in (0, 20_000, 100_000)]
+FULL += [("dpo", "dpo.jsonl", "model.Training.log", 4, 40, 2), ("model", "pairs.pt", "model.save", 1, 5000, None)]
+
+
+@pytest.mark.parametrize("command, name, function, number, room, step", FULL)
+def test_what_finds_no_room_is_named_and_nothing_is_lost(out, toy, command, name, function, number, room, step):
+    def fill_disk() -> None:
+        size = room + (out / name).stat().st_size if name.endswith(".jsonl") else room  # no file grows over this size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    (out / f"{SAVED[command]}.pt").write_bytes(b"the old one")
+    before = contents(out)
+    line = complaint(run(command, out, "--save-every", 2, hooks=[(function, number, fill_disk)]))
+    assert f"{out / name}" in line and "File too large" in line
+    after, changes = contents(out), {f"{SAVED[command]}.jsonl", f"{SAVED[command]}.state.pt"}
+    changes |= {"pairs.pt", "test.pt"} if step and command == "model" else set()  # with another line on what made them
+    assert {path for path in after | before if after.get(path) != before.get(path)} <= changes
+    if step is not None:
+        assert content(out / f"{SAVED[command]}.state.pt")["step"] == step
+        go_on(command, out, toy)
+
+
+def test_a_folder_that_can_only_be_read_is_named_and_left_alone(toy):
+    folder = Path(tempfile.mkdtemp())  # which every user can reach, as pytest's cannot be
+    out = Path(shutil.copytree(toy.out, folder / "out"))
+    for path in (folder, *out.iterdir(), out):
+        path.chmod(0o555)
     try:
-        while not (log.exists() and log.read_text().count("\n") >= 3) and process.poll() is None:
-            assert time.monotonic() - began < 100, "no step was logged"
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        printed, errors = process.communicate(timeout=60)
+        os.seteuid(65534 if os.getuid() == 0 else os.getuid())  # root may write wherever it likes
+        assert str(out) in refusal("dpo", out)
     finally:
-        process.kill()
-    assert process.returncode == 130
-    assert "--resume" in printed + errors and "Traceback" not in errors
-    assert (out / "long.state.pt").exists() and not (out / "long.pt").exists()
+        os.seteuid(os.getuid())
+        folder.chmod(0o755), out.chmod(0o755)
+        shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("command", TRAINING)
-def test_resume_without_a_saved_state_is_refused(out, command):
-    assert "--resume" in complaint(
-        command, out, "--resume", "--seed", 3
-    )  # the seed: model.py must keep its old pairs.pt
+def test_a_folder_that_is_a_file_or_vanishes_is_named_or_made_anew(out, toy):
+    Path("blocked").write_text("I am a file")
+    for command in CHAIN:
+        files = [word for name, flag, file, _ in READS if name == command for word in (flag, out / file)]
+        assert "blocked" in complaint(run(command, Path("blocked"), *files))
+    assert Path("blocked").read_text() == "I am a file"
+    result = run("dpo", out, hooks=[("model.Training.log", 3, lambda: shutil.rmtree(out))])
+    assert str(out / "dpo.jsonl") in complaint(result)
+    shutil.copytree(toy.out, out)
+    result = run("dpo", out, hooks=[("model.Training.save_state", 1, lambda: shutil.rmtree(out))])
+    assert not result.code and same_weights(out / "dpo.pt", toy.out / "dpo.pt")
 
 
-def test_resume_of_another_model_is_refused(out, monkeypatch):
-    with monkeypatch.context() as patch:
-        at_step(patch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
-        assert run("model", *CHAIN["model"], "--out", out, "--device", "cpu").code == 130
-    line = complaint("model", out, "--resume", "--dim", 64)
-    assert "--resume" in line or "sft.state.pt" in line
+# ---- Mistakes (one line on stderr, exit code 2, no file touched), talk, and help ----
 
 
-def test_resume_from_a_damaged_state_is_refused(out):
-    (out / "dpo.state.pt").write_bytes(b"no state at all")
-    assert "dpo.state.pt" in complaint("dpo", out, "--resume")
-
-
-def test_a_loss_that_is_not_finite_names_the_step_and_saves_nothing(out):
-    before = (out / "dpo.pt").read_bytes()
-    result = run("dpo", *CHAIN["dpo"], "--out", out, "--device", "cpu", "--lr", 1e30, "--warmup", 0)
-    assert result.code == 2
-    line = result.err.splitlines()[-1].rpartition("\r")[2]
-    found = re.match(r"dpo\.py: step ([123]): the \w+ is not finite, on pairs ([\d ]+) of --data easy.pt", line)
-    assert sorted(map(int, found[2].split())) == sorted(
-        model.batch_indices(pair_count(out / "easy.pt"), 8, int(found[1]), 0)
-    )
-    assert (out / "dpo.pt").read_bytes() == before
-
-
-def pair_count(path):
-    return len(torch.load(path, weights_only=True)["lengths"])
-
-
-def broken_reward(out, value):
-    """Saves a reward model whose rewards are all `value`, though its weights are finite."""
-    content = torch.load(out / "reward.pt", weights_only=True)
-    content["weights"]["head.weight"] *= 0
-    content["weights"]["head.weight"][0, 0] = value
-    torch.save(content, out / "broken.pt")
-
-
-def test_a_reward_that_is_not_finite_stops_before_anything_is_written(out):
-    broken_reward(out, 3e38)  # times a hidden state beyond 1 this overflows
-    assert "the rewards of pairs" in complaint("split", out, "--init", "broken.pt", "--device", "cpu")
-    before = (out / "ppo.pt").read_bytes()
-    result = run("ppo", *CHAIN["ppo"], "--out", out, "--device", "cpu", "--reward", "broken.pt")
-    assert result.code == 2 and "step 0: the reward is not finite, on pairs " in result.err
-    assert (out / "ppo.pt").read_bytes() == before
-
-
-@pytest.mark.parametrize("command, name", [("reward", "sft.pt"), ("ppo", "reward.pt"), ("evaluate", "ppo.pt")])
-def test_weights_that_are_not_finite_are_refused(out, command, name):
-    content = torch.load(out / name, weights_only=True)
-    content["weights"]["trunk.norm.weight" if name == "reward.pt" else "norm.weight"][3] = math.nan
-    torch.save(content, out / name)
-    assert f"{name}: holds weights that are not finite" in complaint(command, out)
-
-
-# ---- Mistakes: one line on stderr, exit code 2, no file touched ----
-
-
-@pytest.mark.parametrize(
-    "command, name, maker",
-    [
-        ("reward", "pairs.pt", "model.py"),
-        ("reward", "test.pt", "model.py"),
-        ("reward", "sft.pt", "model.py"),
-        ("split", "reward.pt", "reward.py"),
-        ("dpo", "easy.pt", "split.py"),
-        ("dpo", "sft.pt", "model.py"),
-        ("ppo", "hard.pt", "split.py"),
-        ("ppo", "dpo.pt", "dpo.py"),
-        ("ppo", "reward.pt", "reward.py"),
-        ("evaluate", "test.pt", "model.py"),
-        ("evaluate", "ppo.pt", "ppo.py"),
-    ],
-)
-def test_a_missing_file_names_the_command_that_makes_it(out, command, name, maker):
+@pytest.mark.parametrize("command, flag, name, maker", READS)
+def test_a_file_of_another_run_or_kind_or_damaged_or_missing_is_refused(out, other, command, flag, name, maker):
+    line = refusal(command, out, flag, other / name)
+    assert "goes back to other data than" in line and str(other / name) in line
+    wrong = "reward.pt" if name in ("sft.pt", "dpo.pt", "ppo.pt") else "sft.pt"
+    shutil.copy(out / wrong, out / "wrong.pt")
+    assert f"{out}/wrong.pt: holds a {content(out / wrong)['kind']}" in refusal(command, out, flag, "wrong.pt")
+    (out / "half.pt").write_bytes((out / name).read_bytes()[: (out / name).stat().st_size // 2])
+    assert f"{out}/half.pt: damaged" in refusal(command, out, flag, "half.pt")
+    assert f"{out}/my own.pt: no such file; name one that exists" in refusal(command, out, flag, "my\nown.pt")
     (out / name).unlink()
-    line = complaint(command, out)
-    assert name in line and f"python {maker}" in line
+    assert f"{out}/{name}: no such file; run python {maker}.py first" in refusal(command, out, flag, name)
 
 
-def test_a_missing_file_of_ones_own_name_does_not_send_to_the_wrong_command(out):
-    line = complaint("ppo", out, "--init", "dpo_all.pt")
-    assert "dpo_all.pt" in line and "python model.py" not in line
+def test_a_bare_name_is_looked_up_in_out_then_here_and_one_with_a_slash_is_a_path(out):
+    shutil.copy(out / "easy.pt", "mine.pt")
+    succeed("dpo", out, "--data", "mine.pt")
+    shutil.copy(out / "sft.pt", out / "mine.pt")
+    assert f"{out}/mine.pt: holds a policy" in refusal("dpo", out, "--data", "mine.pt")
+    succeed("dpo", out, "--data", "./mine.pt")
 
 
-@pytest.mark.parametrize(
-    "command, flag, name",
-    [
-        ("reward", "--init", "reward.pt"),
-        ("reward", "--test", "dpo.pt"),
-        ("split", "--init", "sft.pt"),
-        ("split", "--data", "sft.pt"),
-        ("dpo", "--init", "reward.pt"),
-        ("dpo", "--init", "pairs.pt"),
-        ("dpo", "--data", "sft.pt"),
-        ("ppo", "--reward", "sft.pt"),
-        ("ppo", "--reference", "reward.pt"),
-        ("ppo", "--data", "dpo.pt"),
-        ("evaluate", "--policies", "reward.pt"),
-        ("evaluate", "--reward", "dpo.pt"),
-    ],
-)
-def test_a_file_of_the_wrong_kind_is_refused(out, command, flag, name):
-    assert name in complaint(command, out, flag, name)
+@pytest.mark.parametrize("flags", [
+    "dpo --bogus 3", "dpo stray", "dpo --lr", "dpo --lr fast", "dpo --lr nan", "dpo --lr -1", "dpo --steps 1.5",
+    "dpo --device gpu", "dpo --device cuda", "dpo --device mps", "dpo --loss hinge", "dpo --beta 0", "dpo --save mine",
+    "dpo --label-smoothing 2", "dpo --label-smoothing 0.1 --loss ipo", "dpo --batch-size 0", "dpo --warmup 1.5",
+    "dpo --clip 0", "dpo --seed -1", "dpo --save deeper/mine.pt", "split --fraction 2", "split --threshold nan",
+    "split --hard a.pt --easy a.pt", "split --easy deeper/mine.pt", "split --hard deeper/mine.pt", "model --layers 0",
+    "model --limit 0", "model --vocabulary 256", "model --heads 3 --dim 32 --kv-heads 1", "model --dim 30",
+    "model --kv-heads 3 --heads 4", "model --context 100 --max-response 100", "model --vocabulary 300 --init sft.pt",
+    "ppo --temperature 0", "ppo --gamma 1.1", "ppo --max-new-tokens 0", "ppo --max-new-tokens 320",
+    "evaluate --policies", "evaluate --judge http://localhost", "evaluate --export sft.pt",
+])
+def test_a_wrong_flag_is_named(out, monkeypatch, flags):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    command, flag, *values = flags.split()
+    assert flag in refusal(command, out, flag, *values)
 
 
-def half_of(path: Path) -> bytes:
-    return path.read_bytes()[: path.stat().st_size // 2]
-
-
-def saved(content) -> bytes:
-    file = io.BytesIO()
-    torch.save(content, file)
-    return file.getvalue()
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda out: b"",
-        lambda out: b"hello, I am text\n",
-        lambda out: half_of(out / "sft.pt"),
-        lambda out: saved([1, 2, 3]),
-        lambda out: saved({"weights": torch.zeros(3)}),
-        lambda out: saved({"kind": "policy"}),
-        lambda out: saved({"kind": "policy", "version": 99}),
-        lambda out: saved({"kind": "policy", "version": 1}),
-    ],
-    ids=["empty", "text", "half", "a list", "other weights", "no version", "later version", "nothing inside"],
-)
-def test_a_damaged_or_foreign_checkpoint_is_refused(out, damage):
-    (out / "mine.pt").write_bytes(damage(out))
-    assert "mine.pt" in complaint("dpo", out, "--init", "mine.pt")
-
-
-def test_a_damaged_pairs_file_is_refused(out):
-    (out / "easy.pt").write_bytes(half_of(out / "easy.pt"))
-    assert "easy.pt" in complaint("dpo", out)
-    (out / "hard.pt").write_bytes(saved({"kind": "pairs", "version": 1}))
-    assert "hard.pt" in complaint("ppo", out)
-
-
-GOOD_ROW = b'{"prompt": "Hello?", "chosen": " Yes.", "rejected": " No."}\n'
-
-
-BAD_DATA = [  # file name, bytes, what the message says beside the file's name
-    ("empty.jsonl", b"", ""),
-    ("blank.jsonl", b"\n\n", ""),
-    ("empty.json", b"", ""),
-    ("no_rows.json", b"[]", ""),
-    ("number.json", b"3", ""),
-    ("object.json", b'{"chosen": "a", "rejected": "b"}', ""),
-    ("text.jsonl", GOOD_ROW + b"once upon a time\n", "row 2"),
-    ("half.jsonl", GOOD_ROW + GOOD_ROW[:20], "row 2"),
-    ("field.jsonl", GOOD_ROW + b'{"prompt": "Hello?", "chosen": " Yes."}\n', "row 2.*rejected"),
-    ("null_field.jsonl", GOOD_ROW + b'{"chosen": null, "rejected": "b"}\n', "row 2.*chosen"),
-    ("null.jsonl", GOOD_ROW + b"null\n", "row 2"),
-    ("number.jsonl", GOOD_ROW + b"17\n", "row 2"),
-    ("list.jsonl", GOOD_ROW + b'["prompt", "chosen", "rejected"]\n', "row 2"),
-    ("string.jsonl", GOOD_ROW + b'"prompt"\n', "row 2"),
-    ("deep.jsonl", GOOD_ROW + b"[" * 100000 + b"\n", "row 2"),
-    ("latin1.jsonl", GOOD_ROW + GOOD_ROW.replace(b"Yes", b"\xe9t\xe9"), "row 2"),
-    ("not_packed.jsonl.gz", GOOD_ROW, ""),
-    ("half.jsonl.gz", gzip.compress(GOOD_ROW)[:-20], ""),
-    ("damaged.jsonl.gz", gzip.compress(GOOD_ROW)[:10] + b"\xff" * 60, ""),
-    ("text.parquet", GOOD_ROW, ""),
-    ("unknown.csv", b"chosen,rejected\na,b\n", ""),
-    ("all_same.jsonl", b'{"prompt": "Hello?", "chosen": "a", "rejected": "a"}\n' * 5, ""),
-    ("one.jsonl", GOOD_ROW, ""),
-]
-
-
-@pytest.mark.parametrize("name, data, says", BAD_DATA, ids=[row[0] for row in BAD_DATA])
-def test_data_that_can_not_be_read_names_the_file_and_the_row(tmp_path, name, data, says):
-    path, empty = tmp_path / name, tmp_path / "out"
-    path.write_bytes(data)
-    line = complaint("model", empty, "--data", path)
-    assert str(path) in line and re.search(says, line)
-
-
-def test_prompt_prints_every_policys_answer_and_writes_nothing(toy):
-    before = contents(toy.out)
-    flags = ["--out", toy.out, "--policies", "sft.pt", "ppo.pt", "--max-new-tokens", 12, "--temperature", 0]
-    result = run("evaluate", *flags, "--prompt", "How do I clean my lamp?")
-    assert not result.code, result.err
-    lines = result.out.splitlines()
-    assert lines[0].startswith("SFT ") and any(line.startswith("MPO ") for line in lines[1:])
-    policy, tokenizer = load_model(CommonSettings(out=str(toy.out)), "sft.pt", GPT)
-    prompt = torch.tensor(tokenizer.encode("\n\nHuman: How do I clean my lamp?\n\nAssistant:"))
-    (answer,) = generate(policy, [prompt], tokenizer.end, 12, temperature=0)
-    assert lines[0].split()[1:] == tokenizer.decode(answer.tolist()).split()
-    assert run("evaluate", *flags, "--prompt", "\n\nHuman: How do I clean my lamp?\n\nAssistant:").out == result.out
+def test_prompts_typed_are_answered_until_end_of_input_and_nothing_is_written(toy, monkeypatch):
+    before, flags, questions = contents(toy.out), ("--temperature", 0, "--prompt"), ("Buy \N{OWL}?", "What is my lamp?")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{questions[0]}\n\n{'x' * 5000}\n{questions[1]}\n"))
+    result = run("evaluate", toy.out, *flags, "--model", "sft.pt")
+    assert not result.code and result.err.count("\n") == 2 and "context" in result.err  # a greeting; one is too long
+    for question, answer in zip(questions, result.out.splitlines(), strict=True):
+        alone = succeed("evaluate", toy.out, *flags, question, "--policies", "sft.pt", "dpo.pt").splitlines()
+        assert alone[0] == f"SFT          {answer}" and alone[1].startswith("DPO          ")
     assert contents(toy.out) == before
 
 
-def test_prompt_without_a_text_answers_what_is_typed_until_end_of_input(toy, monkeypatch):
-    flags = ["--out", toy.out, "--max-new-tokens", 12, "--temperature", 0]
-    typed = "How do I clean my lamp?\n\n" + "x" * 5000 + "\nSell this \N{OWL}?\n"
-    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-    result = run("evaluate", *flags, "--prompt", "--model", "sft.pt")
-    assert not result.code
-    assert "leaves room for" in result.err and result.err.count("\n") == 1  # the third line is too long; it goes on
-    answers = result.out.splitlines()
-    assert len(answers) == 3 and answers[1] == ""
-    for question, answer in (("How do I clean my lamp?", answers[0]), ("Sell this \N{OWL}?", answers[2])):
-        whole = run("evaluate", *flags, "--policies", "sft.pt", "--prompt", question).out
-        assert whole.split()[1:] == (answer.split() or ["(nothing)"])
-
-
-def test_a_data_file_or_folder_that_is_not_there_is_refused(tmp_path):
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    (folder / "notes.txt").write_text("no data")
-    assert str(folder) in complaint("model", tmp_path / "out", "--data", folder)
-    assert "nothing.jsonl" in complaint("model", tmp_path / "out", "--data", "nothing.jsonl")
-
-
-def test_a_data_set_that_can_not_be_loaded_is_refused(tmp_path, monkeypatch):
-    def load_dataset(*arguments, **options):
-        raise ConnectionError("no route to host\nand a second line")
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    for source in ("hh", "tldr"):
-        line = complaint("model", tmp_path / "out", "--data", source)
-        assert f"--data {source}" in line and "no route to host" in line
-
-
-def test_a_part_without_pairs_is_refused_by_the_next_command(out):
-    train("split", out, "--fraction", 1)
-    assert "hard.pt" in complaint("ppo", out)
-    train("split", out, "--fraction", 0)
-    assert "easy.pt" in complaint("dpo", out)
-
-
-@pytest.mark.parametrize(
-    "command, flags",
-    [
-        ("dpo", "--bogus 3"),
-        ("dpo", "stray"),
-        ("dpo", "--lr"),
-        ("evaluate", "--policies"),
-        ("dpo", "--device gpu"),
-        ("dpo", "--dtype fp8"),
-        ("dpo", "--decay cosine"),
-        ("dpo", "--loss hinge"),
-        ("split", "--by luck"),
-        ("split", "--gap both"),
-        ("dpo", "--steps ten"),
-        ("dpo", "--steps 1.5"),
-        ("dpo", "--lr fast"),
-        ("dpo", "--lr nan"),
-        ("dpo", "--lr inf"),
-        ("dpo", "--lr -1"),
-        ("dpo", "--beta 0"),
-        ("dpo", "--label-smoothing 2"),
-        ("dpo", "--loss ipo --label-smoothing 0.1"),
-        ("dpo", "--steps -1"),
-        ("dpo", "--batch-size 0"),
-        ("dpo", "--epochs -1"),
-        ("dpo", "--warmup 1.5"),
-        ("dpo", "--clip 0"),
-        ("dpo", "--seed -1"),
-        ("dpo", "--save-every -1"),
-        ("model", "--test-share 2"),
-        ("model", "--limit 0"),
-        ("model", "--layers 0"),
-        ("ppo", "--temperature 0"),
-        ("ppo", "--kl-coefficient -1"),
-        ("ppo", "--max-new-tokens 0"),
-        ("ppo", "--minibatch-size 0"),
-        ("split", "--fraction 2"),
-        ("split", "--threshold nan"),
-        ("evaluate", "--prompts 0"),
-        ("model", "--dim 32 --heads 3 --kv-heads 1"),
-        ("model", "--heads 4 --kv-heads 3"),
-        ("model", "--dim 30 --heads 2 --kv-heads 1"),
-        ("model", "--context 100 --max-response 100"),
-        ("model", "--context 100 --max-response 128"),
-        ("model", "--test-share 0"),
-        ("model", "--test-share 1"),
-    ],
-)
-def test_a_wrong_flag_is_named(out, command, flags):
-    line = complaint(command, out, *flags.split())
-    named = [flag for flag in flags.split() if flag.startswith("--")] or ["stray"]
-    if flags.startswith("--test-share") and "2" not in flags:
-        named = ["--data", "--test-share"]  # either says what is the matter: a part is empty
-    assert any(flag in line for flag in named)
-
-
-def test_ppo_refuses_answers_that_outgrow_the_context_before_it_generates_any(out, monkeypatch):
-    pairs = model.load_pairs(CommonSettings(out=str(out)), "hard.pt")
-    room = 512 - int(pairs.lengths[:, 0].max())
-    monkeypatch.setattr(ppo, "generate", None)
-    assert f"leaves room for {room} in" in complaint("ppo", out, "--max-new-tokens", room + 1)
-
-
-@pytest.mark.parametrize("command", ["model", "dpo"])
-def test_a_seed_as_large_as_a_time_in_nanoseconds_works_or_is_refused(out, command):
-    result = run(command, *CHAIN[command], "--out", out, "--device", "cpu", "--steps", 1, "--seed", 1763822805123456789)
-    assert result.code == 0 or (result.code == 2 and "--seed" in result.err)
-
-
 @pytest.mark.parametrize("command", CHAIN)
-@pytest.mark.parametrize("device", ["cuda", "mps"])
-def test_a_device_that_is_not_there_is_refused(out, monkeypatch, command, device):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert f"--device {device}" in complaint(command, out, "--device", device)
-
-
-@pytest.mark.parametrize(
-    "command, flag, names",
-    [
-        ("reward", "--init", ["sft.pt"]),
-        ("reward", "--data", ["pairs.pt"]),
-        ("reward", "--test", ["test.pt"]),
-        ("split", "--data", ["pairs.pt"]),
-        ("split", "--init", ["reward.pt"]),
-        ("dpo", "--data", ["pairs.pt"]),
-        ("dpo", "--init", ["sft.pt"]),
-        ("ppo", "--data", ["pairs.pt"]),
-        ("ppo", "--init", ["sft.pt"]),
-        ("ppo", "--reference", ["sft.pt"]),
-        ("ppo", "--reward", ["reward.pt"]),
-        ("evaluate", "--data", ["test.pt"]),
-        ("evaluate", "--sft", ["sft.pt"]),
-        ("evaluate", "--reward", ["reward.pt"]),
-        ("evaluate", "--policies", ["sft.pt"]),
-    ],
-)
-def test_files_of_two_runs_with_different_tokenizers_do_not_mix(out, other, command, flag, names):
-    line = complaint(command, out, flag, *(other / name for name in names))
-    assert "goes with another tokenizer" in line and str(other / names[0]) in line
-
-
-@pytest.mark.parametrize("command, flag, name", [
-    ("reward", "--test", "test.pt"), ("split", "--init", "reward.pt"), ("dpo", "--init", "sft.pt"),
-    ("ppo", "--reference", "sft.pt"), ("evaluate", "--reward", "reward.pt"),
-])  # fmt: skip
-def test_files_of_two_runs_on_different_data_do_not_mix(out, tmp_path, command, flag, name):
-    others = tmp_path / "other"  # the same tokenizer, since the model goes on from the first run's
-    assert not run("model", "--init", out / "sft.pt", "--steps", 0, "--limit", 200, "--out", others).code
-    train("reward", others, "--steps", 0)
-    line = complaint(command, out, flag, others / name)
-    assert "goes with another data" in line and str(others / name) in line
-
-
-def test_every_file_says_what_made_it(toy):
-    made = {path.name: torch.load(path, weights_only=True)["made"] for path in toy.out.glob("*.pt")}
-    assert len({one["data"] for one in made.values()}) == 1 and all(made["ppo.pt"]["data"])
-    parents = {name: set(one["parents"]) for name, one in made.items()}
-    assert parents == {"pairs.pt": {"toy"}, "test.pt": {"toy"}, "sft.pt": {"toy"},
-                       "reward.pt": {"pairs.pt", "test.pt", "sft.pt"}, "easy.pt": {"pairs.pt", "reward.pt"},
-                       "hard.pt": {"pairs.pt", "reward.pt"}, "dpo.pt": {"easy.pt", "sft.pt"},
-                       "ppo.pt": {"hard.pt", "dpo.pt", "reward.pt"}}  # fmt: skip
-    assert made["dpo.pt"]["settings"]["steps"] == 4 and made["dpo.pt"]["settings"]["seed"] == 0
-    assert made["dpo.pt"]["versions"]["torch"] == torch.__version__
-    assert made["ppo.pt"]["parents"]["dpo.pt"]["made"] == model.fingerprint(made["dpo.pt"])
-
-
-def test_resume_after_a_parent_was_made_anew_is_refused(out, monkeypatch):
-    with monkeypatch.context() as patch:
-        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
-        assert run("dpo", *CHAIN["dpo"], "--out", out, "--device", "cpu").code == 130
-    train("split", out, "--fraction", 0.4)
-    assert "easy.pt is not the file that the saved run read" in complaint("dpo", out, "--resume", "--device", "cpu")
-
-
-def test_a_vocabulary_of_another_size_does_not_mix_either(out, tmp_path):
-    train("model", tmp_path / "larger", "--vocabulary", 420, "--steps", 0, "--limit", 60)
-    assert "tokenizer" in complaint("dpo", out, "--init", tmp_path / "larger" / "sft.pt")
-
-
-@pytest.mark.parametrize("command", CHAIN)
-def test_an_out_folder_that_is_a_file_is_refused(out, tmp_path, command):
-    blocked = tmp_path / "blocked"
-    blocked.write_text("I am a file")
-    files = {
-        "reward": ["--data", "pairs.pt", "--test", "test.pt", "--init", "sft.pt"],
-        "split": ["--data", "pairs.pt", "--init", "reward.pt"],
-        "dpo": ["--data", "easy.pt", "--init", "sft.pt"],
-        "ppo": ["--data", "hard.pt", "--init", "dpo.pt", "--reward", "reward.pt"],
-        "evaluate": ["--data", "test.pt", "--policies", "sft.pt", "--sft", "sft.pt", "--reward", "reward.pt"],
-    }
-    flags = [out / word if word.endswith(".pt") else word for word in files.get(command, [])]
-    result = run(command, *CHAIN[command], "--out", blocked, *flags)
-    assert result.code == 2
-    assert result.err.splitlines()[-1].startswith(f"{command}.py: ") and str(blocked) in result.err.splitlines()[-1]
-    assert blocked.read_text() == "I am a file"
-
-
-def test_a_mistake_in_a_real_process_is_one_line_and_exit_code_2(out):
-    process = shell("dpo", "--out", out, "--init", "nothing.pt", cwd=out)
-    printed, errors = process.communicate(timeout=120)
-    assert process.returncode == 2 and printed == ""
-    assert errors.count("\n") == 1 and errors.startswith("dpo.py: ") and "nothing.pt" in errors
-
-
-# ---- Help ----
-
-
-@pytest.mark.parametrize("command", CHAIN)
-def test_help_names_every_setting_with_a_text(monkeypatch, command):
+def test_help_of_a_script_names_every_flag_with_a_text_and_its_default(monkeypatch, capsys, command):
     monkeypatch.setenv("COLUMNS", "200")
-    result = run(command, "--help")
-    assert result.code == 0 and result.err == ""
-    options = result.out.partition("\noptions:\n")[2]
-    entries = {re.match(r"--[\w-]+", entry)[0]: entry for entry in re.split(r"\n  (?=--)", options)[1:]}
-    for field in (field for field in dataclasses.fields(importlib.import_module(command).Settings) if field.init):
-        _, text = re.split(r"\s{2,}", entries["--" + field.name.replace("_", "-")], maxsplit=1)
-        assert re.search("[a-z]{2,}", text.partition("[")[0]), f"{field.name} has no help"
+    monkeypatch.setattr(sys, "argv", [f"{command}.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(REPOSITORY / f"{command}.py", run_name="__main__")
+    printed = capsys.readouterr()
+    assert not printed.err and f"python {command}.py" in printed.out
+    entries = re.split(r"\n  (?=--)", printed.out.partition("\noptions:\n")[2])[1:]
+    entries = {re.match(r"--[\w-]+", entry)[0]: " ".join(entry.split()) for entry in entries}
+    for field in fields(importlib.import_module(command).Settings):
+        entry, default = entries["--" + field.name.replace("_", "-")], field.metadata["default"]
+        assert field.metadata["help"] in entry and (default is None or f"[{default}" in entry), field.name
+    assert command != "dpo" or entries["--lr"] == "--lr LR peak learning rate [5e-05, pretrained 5e-07]"
+
+
+if __name__ == "__main__":
+    be_killed(Path(sys.argv[1]))

@@ -689,12 +689,15 @@ def any_of(names: Iterable[str]) -> re.Pattern:
 
 
 def cut(pattern: regex.Pattern, pieces: list[str]) -> list[str]:
-    """The pieces, cut into what `pattern` finds and what lies between. The mark is half a surrogate pair, in no text:
-    this is three times as fast as a loop over the matches."""
+    """The pieces, cut into what `pattern` finds and what lies between."""
     parts = []
     for piece in pieces:
-        parts += filter(None, pattern.sub("\ud800\\g<0>\ud800", piece).split("\ud800"))
-    return parts
+        end = 0
+        for match in pattern.finditer(piece):
+            parts += [piece[end : match.start()], match[0]]
+            end = match.end()
+        parts.append(piece[end:])
+    return [part for part in parts if part]
 
 
 def unicode_form(normalizer: dict | None) -> str | None:

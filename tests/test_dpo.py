@@ -116,6 +116,8 @@ def test_at_learning_rate_0_every_pair_is_compared_with_its_own_reference(
     assert [line["margin"] for line in log[:3]] == [0.0] * 3
     assert [line["loss"] for line in log[:3]] == pytest.approx([start] * 3, rel=1e-6)
     assert [line["margin"] for line in log] == pytest.approx([0.0] * 5, abs=near)
+    read = sum(size * line["chosen_length"] for size, line in zip((4, 4, 1), log[:3], strict=True))
+    assert read == pytest.approx(sum(len(chosen) for _, chosen, _ in documents))
 
 
 def test_the_reference_is_read_in_the_batches_of_the_first_pass_and_only_for_pairs_to_come(

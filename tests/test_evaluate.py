@@ -341,7 +341,7 @@ def test_a_judge_of_length_gives_the_known_win_rates(asking):
 def test_the_cost_is_said_first_and_every_verdict_kept_at_once_and_not_asked_for_again(asking, capsys, tmp_path):
     """Where half of the file's last line is lost, that question alone is asked again."""
     seen, path = [], tmp_path / "judge.jsonl"  # what was printed, and what the file held, at each question
-    asking.verdict = lambda _: time.sleep(0.002) or seen.append([capsys.readouterr().out, path.read_text()]) or "A"
+    asking.verdict = lambda _: seen.append([capsys.readouterr().out, path.read_text()]) or time.sleep(0.002) or "A"
     asking.judge_parallel, asking.judge_price = 1, 2.5
     first, rows, tokens = judged(asking), rows_of(tmp_path), sum(map(len, asking.questions)) / 4
     cost = f"about {tokens:,.0f} input tokens (4 characters each), ${tokens * 2.5 / 1e6:.2f} without the replies"

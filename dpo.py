@@ -107,7 +107,7 @@ def main() -> None:
             (losses.sum() / len(documents)).backward()
             logprobs[batch.members] = batch_logprobs.detach()
         grad_norm = training.update()
-        logprobs = summed(logprobs)
+        logprobs = summed(logprobs)  # for the log: of the whole batch, whichever process had them
         logratios = logprobs - reference_logprobs
         losses = dpo_loss(*logratios.unbind(1), settings.beta, settings.loss, settings.label_smoothing)
         rewards = settings.beta * logratios

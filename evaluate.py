@@ -275,6 +275,7 @@ def ask_all(settings: Settings, questions: set[str], path: Path) -> dict[str, st
             verdicts[question] = verdict
 
     with path.open("ab", buffering=0) as file:
+        file.write(b"" if path.read_bytes()[-1:] in (b"", b"\n") else b"\n")  # ends half a line
         thread_map(work, missing, max_workers=settings.judge_parallel, desc="judging", unit="request")
     return verdicts
 
@@ -322,7 +323,8 @@ def draw(settings: Settings, parts: list[Pairs], test_rewards: Tensor, summaries
         groups = {"label right": gap[~wrong], "label wrong": gap[wrong]}
     labels = [f"{name}: {len(group)}" for name, group in groups.items()]
     gaps.hist([group.numpy() for group in groups.values()], bins=48, stacked=True, label=labels)
-    gaps.axvline(gamma, color="black", linestyle="--", label=f"γ = {gamma:.2f}")
+    if gamma > gap[len(parts[0]) :].max():  # else it was not the signed gap that split them
+        gaps.axvline(gamma, color="black", linestyle="--", label=f"γ = {gamma:.2f}")
     gaps.set(xlabel="reward gap, chosen − rejected", ylabel="training pairs")
     for predicted, observed, count in calibration(test_rewards):
         spread = [[abs(end - observed)] for end in wilson_interval(observed, count)]
@@ -451,7 +453,8 @@ def main() -> None:
     best = "" if pairs.gold is None else f"; the best gold reward possible is {TOY_BEST_REWARD}"
     print(f"{len(pairs)} test prompts; mean ± standard error, or (95% interval){best}\n{table(summaries, KEYS)}")
     if len(values) > 1:
-        print(f"\n{judged.replace('_', ' ')}, paired by prompt\n{differences(values, name, 'prompts')}")
+        last = list(values)[-1]
+        print(f"\n{judged.replace('_', ' ')}, paired by prompt\n{differences(values, last, 'prompts')}")
     print("\nby the answer's length: below 0.8 times SFT's, around it, and from 1.25 times it on")
     print(table(summaries, ["win_rate_vs_sft_shorter", "win_rate_vs_sft_as_long", "win_rate_vs_sft_longer"]))
     side_by_side(pairs, texts, values, settings.samples)

@@ -63,8 +63,9 @@ class UserError(Exception):
 
 
 def flag(default, text: str, *, least=-math.inf, above=-math.inf, most=sys.float_info.max, pretrained=None, **options):
-    """A field of a settings class that is a command-line flag: its default, its help text and its bounds. Where
-    pretrained models want another default, the field is None until `settle` knows the model. `options`: argparse's."""
+    """A field of a settings class that is a command-line flag: its default, its help text and its bounds (never
+    infinite). Where pretrained models want another default, the field is None until `settle` knows the model.
+    `options` go to argparse."""
     about = {"default": default, "pretrained": pretrained, "help": text, "options": options}
     about |= {"least": least, "above": above, "most": most}
     if isinstance(default, list):
@@ -90,7 +91,8 @@ class CommonSettings:
                 continue
             if not (about["above"] < value and about["least"] <= value <= about["most"]):
                 bounds = [f"{name} {about[name]}" for name in ("above", "least", "most") if abs(about[name]) < 1e300]
-                raise UserError(f"--{field.name.replace('_', '-')} {value}: out of bounds ({', '.join(bounds)})")
+                allowed = ", ".join(["finite", *bounds])
+                raise UserError(f"--{field.name.replace('_', '-')} {value}: out of bounds ({allowed})")
 
 
 def parse_settings(settings_class, description: str):
@@ -104,7 +106,7 @@ def parse_settings(settings_class, description: str):
     hints = typing.get_type_hints(settings_class)
     for field in dataclasses.fields(settings_class):
         about, hint = field.metadata, hints[field.name]
-        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]  # of "X | None", Literal, list[X]
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]  # of "X | None", Literal or list[X]
         options = {"type": kinds[0] if kinds else hint}
         if typing.get_origin(hint) is Literal:
             options = {"choices": kinds}
@@ -119,7 +121,7 @@ def parse_settings(settings_class, description: str):
 
 
 def settle(settings, pretrained: bool) -> None:
-    """Gives the fields that nobody set and whose default depends on the model their default for this one."""
+    """Fills the fields left None whose default depends on the model."""
     for field in dataclasses.fields(settings):
         if getattr(settings, field.name) is None and field.metadata["pretrained"] is not None:
             setattr(settings, field.name, field.metadata["pretrained" if pretrained else "default"])
@@ -130,15 +132,15 @@ def settle(settings, pretrained: bool) -> None:
 
 @dataclass
 class Config:
-    """The shape of a GPT. The MLP's width is `mlp`; `context` is the longest prompt + response it is meant for."""
+    """The shape of a GPT."""
 
     vocabulary: int
     dim: int
     layers: int
     heads: int
     kv_heads: int
-    mlp: int
-    context: int
+    mlp: int  # width of the MLP
+    context: int  # longest prompt + response it is meant for
     rope_theta: float = 10000.0
     rope_scaling: dict[str, float] | None = None  # Llama 3's, see rotary_frequencies
     norm_eps: float = 1e-5
@@ -174,14 +176,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
-    """Softmax attention of q: [heads, L, head_dim]; returns the same shape. Either keys and values belong to the same L
-    tokens, k, v: [kv_heads, L, head_dim], with Packed.mask; or each query has a cached past of its own, k, v:
-    [L, kv_heads, columns, head_dim], with Cache.mask."""
-    if isinstance(mask, BlockMask):
+    """Softmax attention of q: [heads, L, head_dim]; returns the same shape. In a packed row, k, v: [kv_heads, L,
+    head_dim], and mask is Packed.mask: a BlockMask, or a list of (length, mask or None), one for each document. In a
+    decoding step each query has a cached past of its own, k, v: [L, kv_heads, columns, head_dim], and mask is
+    Cache.mask."""
+    if isinstance(mask, BlockMask):  # elsewhere than on CUDA in tests only
         flex = flex_attention if not q.is_cuda or torch.compiler.is_compiling() else compiled_function(flex_attention)
         return flex(q[None], k[None], v[None], block_mask=mask, enable_gqa=True)[0]
-    past = k.dim() == 4
-    if past:
+    decoding = k.dim() == 4
+    if decoding:
         # The query heads that share a key head become so many queries of that head, which reads each key once.
         q = q.transpose(0, 1).unflatten(1, (k.shape[1], -1))  # (L, kv_heads, heads per key head, head_dim)
         pieces = [(q[rows], k[rows, :, columns], v[rows, :, columns], seen) for rows, columns, seen in mask]
@@ -193,13 +196,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
             F.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=seen is None, enable_gqa=True)
             for query, key, value, seen in pieces
         ]
-    return torch.cat(mixed).flatten(1, 2).transpose(0, 1) if past else torch.cat(mixed, 2)[0]
+    return torch.cat(mixed).flatten(1, 2).transpose(0, 1) if decoding else torch.cat(mixed, 2)[0]
 
 
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245): query heads share key-value heads. One matrix
-    makes queries, keys and values. x: [L, dim]; rotary: cos and sin as `rotate` takes them; extend: Cache.extend of
-    this layer, where there is a cache. Returns [L, dim]."""
+    makes queries, keys and values. x: [L, dim]; rotary: cos and sin as `rotate` takes them; mask: as `attend` takes
+    it; extend: Cache.extend of this layer, where there is a cache. Returns [L, dim]."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -258,7 +261,8 @@ class GPT(nn.Module):
                 nn.init.normal_(weight, std=(weight.shape[1] * (2 * config.layers if into_stream else 1)) ** -0.5)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, mask=None, cache=None) -> Tensor:
-        """Hidden states [L, dim] of token ids [L]. Without positions [L] and mask, the ids are those of one text."""
+        """Hidden states [L, dim] of token ids [L]. Without positions [L] and mask, the ids are those of one text. A
+        `cache` stores keys and values, and gives those of earlier tokens back."""
         if positions is None:
             positions, mask = torch.arange(len(tokens), device=tokens.device), [(len(tokens), None)]
         angle = positions[:, None] * rotary_frequencies(self.config, tokens.device)  # (L, head_dim / 2)
@@ -310,19 +314,19 @@ def token_logprobs(
 
 class TokenLogprobs(torch.autograd.Function):
     """Walks over tiles of the [N, V] logits. Forward is the online softmax of FlashAttention (Dao et al. 2022, arXiv
-    2205.14135): it keeps each token's largest logit so far and sums relative to it. The two stay apart, since beside
-    large logits their log-sum-exp would lose its last digits. Backward makes each tile of the logits again. With
+    2205.14135): it keeps each token's largest logit so far and sums relative to it. Maximum and sum are stored apart:
+    a log-sum-exp near 10,000 would round the small logarithm away. Backward makes each tile of the logits again. With
     p = softmax(logits):  d log p_target / d logits = onehot(target) − p."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, compiled):
         body = compiled_function(logprob_tile) if compiled else logprob_tile
         matrix = weight.to(hidden.dtype)
-        known = hidden.new_zeros(4, len(hidden), dtype=torch.float32)  # what logprob_tile returns
-        known[1] = torch.finfo(torch.float32).min
+        running = hidden.new_zeros(4, len(hidden), dtype=torch.float32)  # what logprob_tile returns
+        running[1] = torch.finfo(torch.float32).min
         for rows, words in tiles(hidden, matrix):
-            known[:, rows] = body(hidden[rows], matrix[words], targets[rows] - words.start, *known[:, rows])
-        target, top, total, weighted = known
+            running[:, rows] = body(hidden[rows], matrix[words], targets[rows] - words.start, *running[:, rows])
+        target, top, total, weighted = running
         logprobs, entropies = (target - top) - total.log(), total.log() - weighted / total
         ctx.save_for_backward(hidden, weight, targets, top, total)
         ctx.compiled = compiled
@@ -462,33 +466,36 @@ def lay_out(documents: list[tuple[Tensor, ...]], members: list[int], device: tor
 
     tokens, lengths = torch.cat(parts), torch.tensor([len(part) for part in parts])
     ends, (document, branch, prompt) = lengths.cumsum(0), torch.tensor(about).T  # (parts) each
-    closes = (branch > 0) | ((prompt.bincount(minlength=len(parts)) == 1) & (document >= 0))  # a sequence ends with it
-    of = torch.arange(len(parts)).repeat_interleave(lengths)  # (L), as all below: the part that a token belongs to
-    at, response = torch.arange(len(tokens)), branch[of] > 0
-    offset = at - (ends - lengths)[of]
-    positions = offset + lengths[prompt][of] * response
+    # A part ends a sequence if it is a response, or a prompt without any.
+    ends_sequence = (branch > 0) | ((prompt.bincount(minlength=len(parts)) == 1) & (document >= 0))
+    part_of = torch.arange(len(parts)).repeat_interleave(lengths)  # (L), as all below: the part that a token is in
+    at, response = torch.arange(len(tokens)), branch[part_of] > 0
+    offset = at - (ends - lengths)[part_of]
+    positions = offset + lengths[prompt][part_of] * response
     # The prompt's last token predicts the first token of every response; hence an index, not a shift.
-    source = torch.where(offset == 0, ends[prompt][of], at) - 1
-    row = tokens, positions, document[of], branch[of]
-    answers = source[response], tokens[response], (closes.cumsum(0) - 1)[of][response], offset[response]
-    members = torch.tensor(members, dtype=torch.long)
-    return Packed(*(part.to(device, non_blocking=True) for part in (*row, *answers, ends[closes] - 1, members)))
+    source = torch.where(offset == 0, ends[prompt][part_of], at) - 1
+    sequence = (ends_sequence.cumsum(0) - 1)[part_of]
+    row = tokens, positions, document[part_of], branch[part_of]
+    answers = source[response], tokens[response], sequence[response], offset[response]
+    last, members = ends[ends_sequence] - 1, torch.tensor(members, dtype=torch.long)
+    return Packed(*(tensor.to(device, non_blocking=True) for tensor in (*row, *answers, last, members)))
 
 
 # ---- Generation ----
 
 
 class Cache:
-    """Keys and values, [layers, S, kv_heads, columns, head_dim] each, of S sequences being generated, whose packed
-    prompts are sorted, the longest first. All prompts end in the same column, and so the next token's is the same.
+    """Keys and values, [layers, S, kv_heads, columns, head_dim] each, of S sequences being generated, sorted by the
+    prompt's length, the longest first. The prompts are aligned right, so the next token's column is the same for all.
 
-    new: (index in the row, sequence, column) of each token whose keys and values are to be stored. mask: None during
-    the prompts; then what a decoding step attends to, for groups of sequences of like length, so that little of what it
-    reads lies before a prompt's beginning: (rows, columns, what is added to the scores [n, 1, 1, columns]).
+    lengths, first: [S], of the prompts, and the column in which each begins. new: (index in the row, sequence, column)
+    of each token whose keys and values are to be stored. mask: None during the prompts; then it cuts the sequences into
+    groups whose shortest has at least 0.7 of the longest's columns, so that little padding is read: (rows, columns,
+    what is added to the scores [n, 1, 1, columns]) each.
     """
 
     def __init__(self, config: Config, prompts: Packed, lengths: Tensor, steps: int, dtype: torch.dtype):
-        self.lengths, self.first, self.mask = lengths, lengths[0] - lengths, None  # first: where each prompt begins
+        self.lengths, self.first, self.mask = lengths, lengths[0] - lengths, None
         self.columns = int(lengths[0])  # how many are in use
         shape = len(lengths), config.kv_heads, self.columns + steps, config.dim // config.heads
         self.keys, self.values = torch.zeros(2, config.layers, *shape, dtype=dtype, device=lengths.device)
@@ -502,7 +509,7 @@ class Cache:
         self.new = slice(None), torch.arange(count, device=device), torch.full((count,), self.columns, device=device)
         self.columns += 1
         self.mask, start = [], 0
-        while start < count:  # a group: those that need at least 0.7 times the columns of its longest
+        while start < count:
             begin = int(self.first[start])
             end = int((self.columns - self.first >= 0.7 * (self.columns - begin)).sum())
             before = torch.arange(begin, self.columns, device=device) < self.first[start:end, None]
@@ -564,7 +571,8 @@ def generate(
     for start in range(0, len(by_length), 256):
         some = by_length[start : start + 256]
         tokens[some] = decode(copy, [prompts[index] for index in some], noise[some], end, temperature, watch)
-    ends = [(row == end).nonzero()[:1] for row in summed(tokens)]
+    tokens = summed(tokens)
+    ends = [(row == end).nonzero()[:1] for row in tokens]
     return [row[: place + 1] if len(place) else row for row, place in zip(tokens, ends, strict=True)]
 
 
@@ -589,13 +597,17 @@ def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperatu
     device, (count, steps) = model.embedding.weight.device, noise.shape
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     batch = lay_out([(prompt,) for prompt in prompts], list(range(count)), device)
-    cache = Cache(model.config, batch, lengths, steps, torch.float32 if device.type == "cpu" else model.activations)
+    cache = Cache(model.config, batch, lengths, steps, model.activations if device.type == "cuda" else torch.float32)
     hidden = model(batch.tokens, batch.positions, batch.mask, cache)[batch.last]  # (S, dim)
     head, noise = model.vocabulary_weight.to(model.activations), noise.to(device)
     output, live = torch.full((count, steps), end, device=device), torch.arange(count, device=device)
-    tokens = sample(hidden.to(head.dtype) @ head.T, noise[:, 0], temperature)  # (S), as long as all are going
+    tokens = torch.full_like(live, -1)  # (live): each sequence's newest token
     for step in range(steps):
-        output[live, step] = tokens
+        if step > 0:
+            cache.step()
+            hidden = model(tokens, cache.lengths + step - 1, cache.mask, cache)
+        drawn = sample(hidden.to(head.dtype) @ head.T, noise[live, step], temperature)
+        output[live, step] = tokens = torch.where(tokens == end, end, drawn)
         if watch:
             watch(tokens)
         if watch or step % 8 == 7:  # now and then, the finished leave the batch
@@ -605,11 +617,6 @@ def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperatu
             if not going.all():
                 cache.keep(going)
                 live, tokens = live[going], tokens[going]
-        if step < steps - 1:
-            cache.step()
-            hidden = model(tokens, cache.lengths + step, cache.mask, cache)
-            drawn = sample(hidden.to(head.dtype) @ head.T, noise[live, step + 1], temperature)
-            tokens = torch.where(tokens == end, end, drawn)
     return output.cpu()
 
 
@@ -661,7 +668,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without those that open a prompt and close a response."""
-        ids, text = [], text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a surrogate pair is U+FFFD
+        ids = []
         for piece in cut(self.verbatim, [text]):
             found = self.verbatim.fullmatch(piece)
             parts = cut(self.in_form, [unicodedata.normalize(self.form, piece) if self.form else piece])
@@ -685,10 +693,10 @@ class Tokenizer:
 
 def any_of(names: Iterable[str]) -> re.Pattern:
     """Finds any of `names`, the longest of those that begin at a place."""
-    return re.compile("|".join(sorted(map(re.escape, names), key=len, reverse=True)) or "(?!)")  # longest first
+    return re.compile("|".join(sorted(map(re.escape, names), key=len, reverse=True)) or "(?!)")
 
 
-def cut(pattern: regex.Pattern, pieces: list[str]) -> list[str]:
+def cut(pattern: re.Pattern | regex.Pattern, pieces: list[str]) -> list[str]:
     """The pieces, cut into what `pattern` finds and what lies between."""
     parts = []
     for piece in pieces:
@@ -736,8 +744,8 @@ def opening_tokens(processor: dict | None) -> list[int]:
 
 
 def require_rank_merging(given: dict, spelled: dict[str, int]) -> None:
-    """Raises ValueError at what a tokenizer.json holds and tiktoken would give other ids for, since it always merges
-    those neighbours first that make the token of the lowest id. spelled: the vocabulary without added tokens."""
+    """Raises ValueError where tiktoken, which always merges the neighbours that make the token of the lowest id, would
+    encode differently. spelled: the vocabulary without added tokens."""
     model = given["model"]
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "unk_token"):
         if model.get(name) and not (name == "unk_token" and BYTES.keys() <= spelled.keys()):
@@ -749,6 +757,7 @@ def require_rank_merging(given: dict, spelled: dict[str, int]) -> None:
     if model["type"] != "BPE" or strange:
         raise ValueError(f"a model of type {model['type']} with tokens such as {strange[:1]}")
     made = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+    # In the order in which tokens are made, the bytes first, their ids must rise.
     ids = [max(spelled.get(symbol, 0) for symbol in BYTES), *dict.fromkeys(spelled[token] for token in made)]
     if ids != sorted(ids):
         raise ValueError("a list of merges that is not in the order of the tokens' ids")
@@ -1019,10 +1028,6 @@ def parse_rows(path: Path) -> Iterator[dict]:
             yield from (json.loads(line) for line in lines if line.strip())
 
 
-class DroppedRow(Exception):
-    """A row that makes no pair; the text says why."""
-
-
 def row_texts(where: str, row: dict) -> tuple[str, str, str]:
     """(prompt, chosen, rejected) of a row in one of three layouts: with a prompt; chosen and rejected transcripts; a
     TL;DR comparison. Raises UserError at a row of none of these, DroppedRow at one that makes no pair."""
@@ -1037,12 +1042,11 @@ def row_texts(where: str, row: dict) -> tuple[str, str, str]:
         if "prompt" not in row:
             prompt, turn, chosen = chosen.rpartition(TURN)
             other, other_turn, rejected = rejected.rpartition(TURN)
-    if "prompt" not in row:
-        if not turn or not other_turn:
-            raise DroppedRow(f"no {TURN!r} turn")
-        if prompt != other:
-            raise DroppedRow("prompts differ between the sides")
-        prompt += turn
+            if not turn or not other_turn:
+                raise DroppedRow(f"no {TURN!r} turn")
+            if prompt != other:
+                raise DroppedRow("prompts differ between the sides")
+            prompt += turn
     require_parts(prompt, chosen.strip(), rejected.strip())
     return prompt, chosen, rejected
 
@@ -1057,8 +1061,8 @@ def require_parts(prompt, chosen, rejected) -> None:
 
 def encode_row(settings: "Settings", tokenizer: Tokenizer, texts: tuple[str, str, str]) -> tuple[list[Tensor], bool]:
     """Token ids of prompt, chosen and rejected, tokenised apart, and whether the prompt lost its beginning: one longer
-    than context − max_response does, since its end is the question. Raises DroppedRow at a response over max_response:
-    cut, it would teach the model to stop in mid-sentence."""
+    than context − max_response does, since its end is the question. Raises DroppedRow at a response that is over
+    max_response with its end token: cut, it would teach the model to stop in mid-sentence."""
     prompt, chosen, rejected = (tokenizer.encode(text) for text in texts)
     require_parts(prompt, chosen, rejected)
     if max(len(chosen), len(rejected)) >= settings.max_response:
@@ -1068,19 +1072,18 @@ def encode_row(settings: "Settings", tokenizer: Tokenizer, texts: tuple[str, str
     return [torch.tensor(ids, dtype=torch.int32) for ids in parts], len(prompt) > room
 
 
-def read_texts(settings: "Settings", counts: Counter) -> Iterator[tuple[bool, tuple[str, str, str]]]:
-    """Of each row of --data that makes a pair: is it held back to test on, and its texts. The prompt's own hash
-    decides, so that no prompt falls on both sides. What is dropped is counted."""
+def read_texts(settings: "Settings", counts: Counter, encode: Callable) -> Iterator[tuple[bool, tuple, object]]:
+    """Of each row of --data that makes a pair: is it held back to test on, its texts, and what `encode` makes of them.
+    The prompt's own hash decides, so that no prompt falls on both sides. What is dropped is counted."""
     share = settings.test_share if settings.test_share is not None else 0.2 if settings.data == "toy" else 0.1
     for where, row in tqdm(read_rows(settings), desc="reading", unit=" rows", leave=False):
         counts["rows read"] += 1
         try:
             texts = row_texts(where, row)
+            digest = hashlib.sha256(f"{settings.seed} {texts[0]}".encode(errors="replace")).digest()
+            yield int.from_bytes(digest[:8], "big") < share * 2**64, texts, encode(texts)
         except DroppedRow as problem:
             counts[f"dropped: {problem}"] += 1
-            continue
-        digest = hashlib.sha256(f"{settings.seed} {texts[0]}".encode(errors="replace")).digest()
-        yield int.from_bytes(digest[:8], "big") < share * 2**64, texts
 
 
 def read_pairs(settings: "Settings", tokenizer: Tokenizer | None = None) -> tuple[Pairs, Pairs]:
@@ -1088,17 +1091,14 @@ def read_pairs(settings: "Settings", tokenizer: Tokenizer | None = None) -> tupl
     is trained in a first pass, on the training text alone. What was done with the rows is counted and printed."""
     if tokenizer is None:
         size = settings.vocabulary or (640 if settings.data == "toy" else 4096)
-        training_texts = (texts for held_back, texts in read_texts(settings, Counter()) if not held_back)
+        rows = read_texts(settings, Counter(), encode=lambda texts: None)
+        training_texts = (texts for held_back, texts, _ in rows if not held_back)
         tokenizer = train_tokenizer(itertools.chain.from_iterable(training_texts), size)
     if settings.context - settings.max_response <= len(tokenizer.begin):
         raise UserError(f"--max-response {settings.max_response} leaves no room in --context {settings.context}")
     counts, golds, parts = Counter({"rows read": 0}), ([], []), ([], [])  # the latter two of training and test pairs
-    for side, texts in read_texts(settings, counts):
-        try:
-            encoded, shortened = encode_row(settings, tokenizer, texts)
-        except DroppedRow as problem:
-            counts[f"dropped: {problem}"] += 1
-            continue
+    encode = functools.partial(encode_row, settings, tokenizer)
+    for side, texts, (encoded, shortened) in read_texts(settings, counts, encode):
         parts[side].extend(encoded)
         golds[side].append([gold_reward(texts[0], text) for text in texts[1:]] if settings.data == "toy" else [])
         counts["kept: prompt cut at its beginning"] += shortened
@@ -1162,18 +1162,22 @@ def write_text(path: Path, text: str) -> None:
     write_file(path, lambda file: file.write(text.encode()))
 
 
+class DroppedRow(Exception):
+    """A row of data that makes no pair; the text says why."""
+
+
 @contextlib.contextmanager
-def reading(what: Path | str, remedy: str = "damaged, or not what is needed here"):
+def reading(what: Path | str, complaint: str = "damaged, or not what is needed here"):
     """Turns whatever a damaged or foreign file, or a library, raises meanwhile into a UserError of one line."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except UserError:
+    except (UserError, DroppedRow):
         raise
     except Exception as error:
         said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise UserError(f"{what}: {remedy} ({said})") from error
+        raise UserError(f"{what}: {complaint} ({said})") from error
 
 
 def save(settings: CommonSettings, name: str, kind: str, **content) -> None:
@@ -1412,8 +1416,8 @@ def processes() -> tuple[int, int]:
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """The sum of `tensor` over all processes. Each has other documents of a batch; with 0 in the places of the others',
-    this puts the results together again."""
+    """The sum of `tensor` over all processes, made in place. Each has other documents of a batch; with 0 in the places
+    of the others', this puts the results together again."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
@@ -1467,7 +1471,7 @@ def run_command(main: Callable) -> None:
 
 @dataclass
 class TrainingSettings(CommonSettings):
-    """The flags that every training stage has."""
+    """The flags that every training stage has, beside its own --data, --save, --epochs, --batch-size and --lr."""
 
     resume: bool = flag(False, "go on from this stage's last saved state")
     save_every: int = flag(200, "steps between saved states (0: only on Ctrl-C)", least=0)
@@ -1491,7 +1495,7 @@ def mixed_seed(seed: int, number: int) -> int:
 def count_steps(settings: TrainingSettings, examples: int) -> int:
     """Optimiser steps: --steps, or as many as --epochs passes over the examples make."""
     per_epoch = math.ceil(examples / settings.batch_size)
-    return math.ceil(settings.epochs * per_epoch) if settings.steps is None else settings.steps
+    return math.ceil(round(settings.epochs * per_epoch, 6)) if settings.steps is None else settings.steps
 
 
 def batch_indices(examples: int, batch_size: int, step: int, seed: int) -> list[int]:
@@ -1590,7 +1594,7 @@ class Training:
 
     def update(self) -> float:
         """Clips the gradients and takes one optimiser step. Returns the gradient's norm before clipping. Raises
-        UserError where that is not finite, which every loss that is not finite brings about."""
+        UserError if that is not finite; a loss that is not finite makes it so."""
         (group,) = self.optimizer.param_groups
         norm = nn.utils.clip_grad_norm_(group["params"], self.settings.clip)
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
@@ -1604,8 +1608,8 @@ class Training:
         """Raises UserError unless all values are finite; nothing is saved then, so the last good state is kept."""
         if not all(math.isfinite(value) for value in values):
             pairs = " ".join(str(index) for index in sorted(self.indices))
-            raise UserError(f"step {self.step}: the {what} is not finite, on pairs {pairs} of --data "
-                            f"{self.settings.data}; what was saved before is kept; try a lower --lr")
+            raise UserError(f"step {self.step}: the {what} is not finite, on training pairs {pairs}; what was saved "
+                            "before is kept; try a lower --lr")
 
     def log(self, shown: tuple[str, ...], unit: str, units: int, tokens: int, **metrics: float) -> None:
         """Writes the step's line of the log, and the `shown` metrics beside the bar."""

@@ -601,22 +601,21 @@ def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperatu
     hidden = model(batch.tokens, batch.positions, batch.mask, cache)[batch.last]  # (S, dim)
     head, noise = model.vocabulary_weight.to(model.activations), noise.to(device)
     output, live = torch.full((count, steps), end, device=device), torch.arange(count, device=device)
-    tokens = torch.full_like(live, -1)  # (live): each sequence's newest token
+    ended = torch.zeros_like(live, dtype=torch.bool)
     for step in range(steps):
-        if step > 0:
-            cache.step()
-            hidden = model(tokens, cache.lengths + step - 1, cache.mask, cache)
-        drawn = sample(hidden.to(head.dtype) @ head.T, noise[live, step], temperature)
-        output[live, step] = tokens = torch.where(tokens == end, end, drawn)
+        tokens = sample(hidden.to(head.dtype) @ head.T, noise[live, step], temperature).masked_fill(ended, end)
+        output[live, step], ended = tokens, tokens == end
         if watch:
             watch(tokens)
         if watch or step % 8 == 7:  # now and then, the finished leave the batch
-            going = tokens != end
-            if not going.any():
+            if ended.all():
                 break
-            if not going.all():
-                cache.keep(going)
-                live, tokens = live[going], tokens[going]
+            if ended.any():
+                cache.keep(~ended)
+                live, tokens, ended = live[~ended], tokens[~ended], ended[~ended]
+        if step < steps - 1:
+            cache.step()
+            hidden = model(tokens, cache.lengths + step, cache.mask, cache)
     return output.cpu()
 
 

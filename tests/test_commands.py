@@ -321,7 +321,8 @@ def test_ctrl_c_in_the_middle_of_a_write_is_no_failed_write(out, toy, monkeypatc
 
 def die_in_the_next_write() -> None:
     """SIGKILL comes when a file is written and on the disk, but not yet in its place."""
-    os.replace = before_call(os.replace, 1, send(signal.SIGKILL))
+    replace = before_call(os.replace, 1, send(signal.SIGKILL))
+    os.fsync = before_call(os.fsync, 1, lambda: setattr(os, "replace", replace))
 
 
 KILLS = {  # when a run dies: a hook, steps logged by then, and the step of the state

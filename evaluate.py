@@ -338,6 +338,7 @@ def draw(settings: Settings, parts: list[Pairs], test_rewards: Tensor, summaries
         for key in ("score", "gold_reward"):
             if log and key in log[0]:
                 course.plot([step[key] for step in log], label=f"{TITLES.get(name, name)}: {key.replace('_', ' ')}")
+    frontier.margins(0.12)  # room for the labels
     frontier.set(xlabel="KL from SFT, nats an answer", ylabel=judged.replace("_", " "))
     course.set(xlabel="PPO step", ylabel="reward of the answers", visible=bool(course.lines))
     for panel in (gaps, calibrated, course):

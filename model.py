@@ -85,6 +85,7 @@ class CommonSettings:
 
     def __post_init__(self):
         self.origin = None  # (id of the data that all files of a run go back to, the file that named it first)
+        self.read = {}  # what `load` has read: name → id of what made it
         for field in dataclasses.fields(self):
             value, about = getattr(self, field.name), field.metadata
             if type(value) not in (int, float):
@@ -1183,7 +1184,7 @@ def save(settings: CommonSettings, name: str, kind: str, **content) -> None:
     """Writes `content` to the file `name` in the --out folder, with its kind, what made it, and the id of the data that
     it goes back to."""
     made = {"command": shlex.join(sys.argv), "torch": str(torch.__version__)}
-    made["data"] = settings.origin and settings.origin[0]
+    made |= {"data": settings.origin and settings.origin[0], "read": dict(settings.read)}
     content |= {"kind": kind, "format": FORMAT, "made": made}
     write_file(Path(settings.out) / name, lambda file: torch.save(content, file))
 
@@ -1199,6 +1200,7 @@ def load(settings: CommonSettings, name: str, *kinds: str) -> dict:
             raise UserError(f"{path}: has format {content['format']}, this code reads {FORMAT}; make it again")
         if content["kind"] not in kinds:
             raise UserError(f"{path}: holds a {content['kind']}, but a {' or '.join(kinds)} is needed here")
+    settings.read[name] = hashlib.sha256(json.dumps(content["made"]).encode()).hexdigest()[:16]
     settings.origin = settings.origin or (data, name)
     if data != settings.origin[0]:
         raise UserError(f"{path}: goes back to other data than {settings.origin[1]}: another run of model.py")
@@ -1525,7 +1527,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=eps, weight_decay=0.0, fused=True)
         self.step, self.steps, self.stopping = 0, count_steps(settings, examples), False
         self.flags = {name: value for name, value in vars(settings).items()  # those that a result depends on
-                      if name not in ("out", "resume", "save_every", "origin")}
+                      if name not in ("out", "resume", "save_every", "origin", "read")} | settings.read
         path = Path(settings.out) / settings.save
         self.log_path, self.state_path = path.with_suffix(".jsonl"), path.with_suffix(".state.pt")
         if settings.resume != self.state_path.exists():
@@ -1545,10 +1547,13 @@ class Training:
 
     def load_state(self) -> None:
         """Reads what save_state wrote. Raises UserError if it is another run's."""
+        files = list(self.settings.read)
         state = load(self.settings, str(self.state_path.resolve()), "resume state")
         with reading(self.state_path):
             for name, value in self.flags.items():
-                had = state["flags"][name]
+                had = state["flags"].get(name)
+                if had != value and name in files:
+                    raise UserError(f"--resume: {name} is not the file that the saved run read")
                 if had != value:
                     raise UserError(f"--resume: --{name.replace('_', '-')} is {value}, but the saved run had {had}")
             weights, moments = state["model"], state["optimizer"]

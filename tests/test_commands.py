@@ -291,6 +291,12 @@ def test_ctrl_c_and_sigterm_stop_after_the_step_and_resume_ends_the_same(out, to
     go_on(command, out, toy)
 
 
+def test_resume_on_a_file_that_was_made_anew_is_refused(out):
+    run("dpo", out, hooks=[("model.Training.log", 3, send(signal.SIGINT))])
+    succeed("split", out, "--fraction", 0.4)
+    assert "easy.pt is not the file that the saved run read" in refusal("dpo", out, "--resume")
+
+
 @pytest.mark.parametrize("command, name, times", [
     ("model", "model.train_tokenizer", 1), ("reward", "reward.load_model", 1), ("dpo", "dpo.pair_logprobs", 1),
     ("ppo", "ppo.load_pairs", 1), ("dpo", "model.Training.log", 2),
@@ -345,10 +351,10 @@ def be_killed(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def killed(toy, tmp_path_factory) -> Path:
     """What be_killed leaves."""
-    folder = tmp_path_factory.mktemp("killed")
+    folder, environment = tmp_path_factory.mktemp("killed"), {**os.environ, "OMP_NUM_THREADS": "1"}
     for command, when in itertools.product(SAVED, KILLS):
         shutil.copytree(toy.out, folder / command / when, ignore=shutil.ignore_patterns(f"{SAVED[command]}.*"))
-    subprocess.run([sys.executable, __file__, folder], check=True, timeout=100)
+    subprocess.run([sys.executable, __file__, folder], check=True, timeout=100, env=environment)
     return folder
 
 

@@ -264,9 +264,6 @@ def test_baselines_live_beside_the_main_run(out, tmp_path, monkeypatch):
     assert "goes back to other data" in refusal("dpo", out, "--init", tmp_path / "fewer" / "sft.pt")
 
 
-# ---- Stopping and going on ----
-
-
 def go_on(command: str, out: Path, toy: SimpleNamespace) -> None:
     """--resume finishes a run that was cut as if there had been no pause: weights to the last bit, every number of the
     log, and nothing left over."""
@@ -286,6 +283,8 @@ def test_ctrl_c_and_sigterm_stop_after_the_step_and_resume_ends_the_same(out, to
     assert result.out.splitlines()[-1] == "stopped after step 3 of 6; the same command with --resume goes on"
     assert handlers == [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
     assert len(log(out / f"{name}.jsonl")) == 3 and not (out / f"{name}.pt").exists()
+    (group,) = content(out / f"{name}.state.pt")["optimizer"]["param_groups"]
+    assert group["eps"] == (1e-5 if command == "ppo" else 1e-8)  # PPO's as in OpenAI Baselines
     assert f"{name}.state.pt: a run was stopped; --resume" in refusal(command, out)
     assert "--lr is 0.5, but the saved run had" in refusal(command, out, "--resume", "--lr", 0.5)
     go_on(command, out, toy)

@@ -64,9 +64,6 @@ def test_pair_logprobs_equal_the_sums_or_means_of_plain_sequences(policy, docume
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
-# ---- The command ----
-
-
 @pytest.mark.parametrize("flags", ["--label-smoothing 0.2 --beta 0.3", "--loss ipo --beta 0.3"])
 def test_the_command_equals_a_plain_loop(run, monkeypatch, tmp_path, policy, documents, flags):
     """Three steps on all nine pairs, each in several passes: every logged number, and the weights that are saved. The

@@ -413,30 +413,6 @@ def test_the_log_holds_means_over_all_updates_of_a_step_and_the_trained_policy_i
         assert torch.equal(ours, theirs)
 
 
-def test_a_run_that_was_killed_goes_on_to_the_same_policy(run, monkeypatch, tmp_path, start):
-    """Policy, critic and optimiser go on: three steps at once, and killed in the second of three."""
-    flags = start + "--batch-size 4 --steps 3 --save-every 1"
-    uncut, plain, calls = run(ppo, flags), ppo.roll_out, []
-    weights = torch.load(tmp_path / "ppo.pt", weights_only=True)["weights"]
-
-    def killed(*positional):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return plain(*positional)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ppo, "roll_out", killed)
-        run(ppo, flags)
-    (group,) = torch.load(tmp_path / "ppo.state.pt", weights_only=True)["optimizer"]["param_groups"]
-    assert group["eps"] == 1e-5  # in place of PyTorch's 1e-8, as in OpenAI Baselines
-    log = run(ppo, flags + " --resume")
-    for name in ("loss", "score", "kl", "value_loss", "grad_norm"):
-        assert [line[name] for line in log] == [line[name] for line in uncut]
-    for name, weight in torch.load(tmp_path / "ppo.pt", weights_only=True)["weights"].items():
-        assert torch.equal(weight, weights[name])
-
-
 @pytest.mark.parametrize("broken, message", [("reward", "the reward is not finite"), ("room", "--max-new-tokens 100")])
 def test_what_would_go_wrong_later_stops_the_run_at_once(
     run, tmp_path, start, policy, reward_model, documents, broken, message

@@ -643,6 +643,8 @@ class Tokenizer:
 
     def __init__(self, text: str, end: str, template: str | None = None):
         self.state, given = {"text": text, "end": end, "template": template}, json.loads(text)
+        if given["model"]["type"] != "BPE":
+            raise ValueError(f"a model of type {given['model']['type']}")
         vocabulary, added = given["model"]["vocab"], given["added_tokens"]
         self.special = {token["content"]: token["id"] for token in added if token["special"]}
         self.in_text = {token["content"]: token["id"] for token in added if not token["special"]}
@@ -754,8 +756,8 @@ def require_rank_merging(given: dict, spelled: dict[str, int]) -> None:
         if not token["special"] and (token["lstrip"] or token["rstrip"] or token["single_word"]):
             raise ValueError(f"added token {token['content']!r} with lstrip, rstrip or single_word")
     strange = [token for token in spelled if not set(token) <= BYTES.keys()]
-    if model["type"] != "BPE" or strange:
-        raise ValueError(f"a model of type {model['type']} with tokens such as {strange[:1]}")
+    if strange:
+        raise ValueError(f"token {strange[0]!r}, which is not spelled in bytes,")
     made = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
     # In the order in which tokens are made, the bytes first, their ids must rise.
     ids = [max(spelled.get(symbol, 0) for symbol in BYTES), *dict.fromkeys(spelled[token] for token in made)]
@@ -1109,7 +1111,7 @@ def read_pairs(settings: "Settings", tokenizer: Tokenizer | None = None) -> tupl
         gold = torch.tensor(gold) if settings.data == "toy" else None
         sides.append(Pairs(tokens, lengths, tokenizer, settings.data, gold=gold))
     print(f"{len(sides[0])} training pairs, {len(sides[1])} test pairs, {tokenizer.size} tokens")
-    for what, times in counts.items():
+    for what, times in (+counts).items():  # + leaves out those that are 0
         print(f"  {what}: {times}")
     if not all(len(side) for side in sides):
         raise UserError(f"--data {settings.data}: no pairs left to train or to test on")
@@ -1290,21 +1292,26 @@ def find_pretrained(name: str) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
 
 
-def read_text(path: Path) -> str:
-    """The text of a file of a Hugging Face folder. Raises UserError if it is missing, or Git LFS keeps it elsewhere."""
+def require_file(path: Path) -> Path:
+    """A file of a Hugging Face folder. Raises UserError if it is missing, or Git LFS keeps it elsewhere."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; a Hugging Face folder has one")
     with path.open("rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):
             raise UserError(f"{path}: a Git LFS pointer, not the file itself; run git lfs pull in its folder")
-    return path.read_text("utf-8") if path.suffix != ".safetensors" else ""
+    return path
+
+
+def read_json(path: Path) -> dict:
+    """What a JSON file of a Hugging Face folder holds."""
+    return json.loads(require_file(path).read_text("utf-8"))
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, by name: 8 bytes of length, a JSON header of that length, then the numbers,
     which stay on the disk until they are used."""
     tensors = {}
-    with reading(path), path.open("rb") as file:
+    with reading(path), require_file(path).open("rb") as file:
         begin = 8 + int.from_bytes(file.read(8), "little")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         header = json.loads(data[8:begin])
@@ -1328,10 +1335,9 @@ def import_model(folder: Path) -> tuple[GPT, Tokenizer]:
     paths, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
     if index.is_file() and not paths[0].is_file():  # as in transformers, one file goes before shards
         with reading(index):
-            paths = sorted({folder / name for name in json.loads(read_text(index))["weight_map"].values()})
+            paths = sorted({folder / name for name in read_json(index)["weight_map"].values()})
     stored, weights = {}, {}
     for path in paths:
-        read_text(path)
         stored |= read_safetensors(path)
     if config.tied and "lm_head.weight" in stored:  # some folders call a head tied that is not
         config.tied = torch.equal(stored["lm_head.weight"], stored.get("model.embed_tokens.weight", torch.empty(0)))
@@ -1358,7 +1364,7 @@ def import_model(folder: Path) -> tuple[GPT, Tokenizer]:
 def import_config(path: Path) -> Config:
     """The shape that config.json describes; keys it lacks have the defaults of transformers' LlamaConfig."""
     with reading(path):
-        given = json.loads(read_text(path))
+        given = read_json(path)
         defaults = {"max_position_embeddings": 2048, "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
                     "tie_word_embeddings": False, "num_key_value_heads": given["num_attention_heads"]}
         given = defaults | {name: value for name, value in given.items() if value is not None}
@@ -1386,21 +1392,21 @@ def import_tokenizer(folder: Path) -> Tokenizer:
     config.json."""
     path, about, jinja = folder / "tokenizer.json", folder / "tokenizer_config.json", folder / "chat_template.jinja"
     with reading(path):
-        added = {token["id"]: token["content"] for token in json.loads(read_text(path))["added_tokens"]}
+        added = {token["id"]: token["content"] for token in read_json(path)["added_tokens"]}
     with reading(about):
-        said = json.loads(read_text(about)) if about.is_file() else {}
+        said = read_json(about) if about.is_file() else {}
         template = jinja.read_text("utf-8") if jinja.is_file() else said.get("chat_template")
         end = said.get("eos_token")
         end = end["content"] if isinstance(end, dict) else end
     if end not in added.values():
         with reading(folder / "config.json"):
-            number = json.loads(read_text(folder / "config.json")).get("eos_token_id")
+            number = read_json(folder / "config.json").get("eos_token_id")
             end = added.get(number[0] if isinstance(number, list) else number)
     if end is None:
         raise UserError(f"{folder}: neither tokenizer_config.json nor config.json names an end-of-text token")
     with reading(path):
         try:
-            return Tokenizer(read_text(path), end, template if isinstance(template, str) else None)
+            return Tokenizer(path.read_text("utf-8"), end, template if isinstance(template, str) else None)
         except ValueError as error:
             raise UserError(f"{path}: {error} is not supported, only byte-level BPE as in Llama 3 or GPT-2") from error
 
@@ -1667,7 +1673,7 @@ class Settings(TrainingSettings):
     batch_size: int = flag(32, "pairs per optimiser step", least=1, pretrained=64)
     lr: float = flag(2e-3, "peak learning rate", least=0, pretrained=2e-5)
     context: int = flag(512, "longest prompt + response, in tokens", least=1, pretrained=1024)
-    max_response: int = flag(128, "pairs with a longer response are dropped, in tokens", least=1, pretrained=512)
+    max_response: int = flag(128, "longest response with its end token; longer: pair dropped", least=1, pretrained=512)
     vocabulary: int | None = flag(None, "tokens of a new model's tokenizer, 257 or more [4096; toy: 640]", least=257)
     dim: int = flag(128, "width of a new model", least=1)
     layers: int = flag(3, "blocks of a new model", least=1)

@@ -32,8 +32,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    CONFIG_NAMES, GPT, TOY_BEST_REWARD, TURN, CommonSettings, Config, Pairs, Tokenizer, UserError, choose_device,
-    find_file, flag, generate, gold_reward, llama_names, load, load_model, load_pairs, mixed_seed, pack,
+    CONFIG_NAMES, FAMILIES, GPT, TOY_BEST_REWARD, TURN, CommonSettings, Config, Pairs, Tokenizer, UserError,
+    choose_device, find_file, flag, generate, gold_reward, llama_names, load, load_model, load_pairs, mixed_seed, pack,
     parse_settings, processes, read_log, run_command, settle, summed, write_file, write_text,
 )
 from reward import RewardModel, calibration, score_pairs, wilson_interval, wins
@@ -364,8 +364,8 @@ def write_safetensors(file, tensors: dict[str, Tensor]) -> None:
 
 
 def export_model(path: Path, folder: Path) -> None:
-    """Writes the checkpoint at `path` as a folder that transformers loads: a policy as LlamaForCausalLM, a reward model
-    as LlamaForSequenceClassification, which has no bias: what its scores lack is printed. Raises UserError if weights
+    """Writes the checkpoint at `path` as a folder that transformers loads: a policy as …ForCausalLM, a reward model
+    as …ForSequenceClassification, which has no bias: what its scores lack is printed. Raises UserError if weights
     lie in `folder` already."""
     others = [file for file in folder.glob("*") if file.name.endswith((".safetensors", ".bin", ".index.json"))]
     if others:
@@ -377,14 +377,15 @@ def export_model(path: Path, folder: Path) -> None:
         tensors["score.weight"], shift = weights.pop("head.weight"), weights.pop("head.bias").item()
         weights = {name.removeprefix("trunk."): weight for name, weight in weights.items()}
         weights.pop("head.weight", None)  # an untied trunk's, which scores do not need
-    shared = config.dim * config.kv_heads // config.heads
+    asking, shared = config.heads * config.head_dim, config.kv_heads * config.head_dim  # rows of queries, of keys
     for name, weight in weights.items():
         names = llama_names(name)
-        rows = {1: [len(weight)], 2: [config.mlp] * 2, 3: [config.dim, shared, shared]}[len(names)]
+        rows = {1: [len(weight)], 2: [config.mlp] * 2, 3: [asking, shared, shared]}[len(names)]
         tensors |= zip(names, weight.split(rows), strict=True)
+    shape = {theirs: getattr(config, ours) for ours, theirs in CONFIG_NAMES.items()}
     described = {
-        "architectures": ["LlamaForSequenceClassification" if scorer else "LlamaForCausalLM"], "model_type": "llama",
-        **{theirs: getattr(config, ours) for ours, theirs in CONFIG_NAMES.items()}, "num_labels": 1 if scorer else 2,
+        "architectures": [FAMILIES[config.family] + ("ForSequenceClassification" if scorer else "ForCausalLM")],
+        **{name: value for name, value in shape.items() if value is not None}, "num_labels": 1 if scorer else 2,
         "rope_scaling": config.rope_scaling and {"rope_type": "llama3", **config.rope_scaling}, "hidden_act": "silu",
         "bos_token_id": tokenizer.begin[0] if tokenizer.begin else None, "eos_token_id": tokenizer.end,
         "torch_dtype": "float32",

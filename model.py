@@ -51,7 +51,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -146,7 +146,13 @@ class Config:
     rope_scaling: dict[str, float] | None = None  # Llama 3's, see rotary_frequencies
     norm_eps: float = 1e-5
     tied: bool = True  # the output head is the embedding
+    head_dim: int = 0  # 0: dim / heads
+    family: str = "llama"  # or qwen2 (biases on q, k and v), qwen3 (normalised q and k), smollm3 (see `rotated`)
+    rotated: list[int] | None = None  # for each layer, 0 if it has no positions at all; None: all have
     pretrained: bool = False  # weights that were trained elsewhere, for which other defaults are right
+
+    def __post_init__(self):
+        self.head_dim = self.head_dim or self.dim // self.heads
 
 
 LLAMA3_SCALING = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
@@ -159,8 +165,7 @@ def rotary_frequencies(config: Config, device: torch.device) -> Tensor:
     more than original context / low_freq_factor positions, keeping them where it takes less than original context /
     high_freq_factor, and blending in between.
     """
-    size = config.dim // config.heads
-    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, size, 2, device=device) / size)
+    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)
     if config.rope_scaling is None:
         return frequencies
     factor, low, high, original = (config.rope_scaling[name] for name in LLAMA3_SCALING)
@@ -180,15 +185,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     """Softmax attention of q: [heads, L, head_dim]; returns the same shape. In a packed row, k, v: [kv_heads, L,
     head_dim], and mask is Packed.mask: a BlockMask, or a list of (length, mask or None), one for each document. In a
     decoding step each query has a cached past of its own, k, v: [L, kv_heads, columns, head_dim], and mask is
-    Cache.mask."""
+    Cache.mask()."""
     if isinstance(mask, BlockMask):  # elsewhere than on CUDA in tests only
         flex = flex_attention if not q.is_cuda or torch.compiler.is_compiling() else compiled_function(flex_attention)
-        return flex(q[None], k[None], v[None], block_mask=mask, enable_gqa=True)[0]
+        options = {"fwd_num_warps": 8}  # with 4, the mask's arithmetic does not fit the registers
+        return flex(q[None], k[None], v[None], block_mask=mask, enable_gqa=True, kernel_options=options)[0]
     decoding = k.dim() == 4
     if decoding:
         # The query heads that share a key head become so many queries of that head, which reads each key once.
         q = q.transpose(0, 1).unflatten(1, (k.shape[1], -1))  # (L, kv_heads, heads per key head, head_dim)
-        pieces = [(q[rows], k[rows, :, columns], v[rows, :, columns], seen) for rows, columns, seen in mask]
+        pieces = [(q[rows], k[rows, :, : seen.shape[-1]], v[rows, :, : seen.shape[-1]], seen) for rows, seen in mask]
     else:
         sizes, masks = [size for size, _ in mask], [seen for _, seen in mask]
         pieces = zip(*(part[None].split(sizes, 2) for part in (q, k, v)), masks, strict=True)  # one for each document
@@ -207,13 +213,18 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.dim // config.heads
-        self.qkv = nn.Linear(config.dim, (config.heads + 2 * config.kv_heads) * self.head_dim, bias=False)
-        self.output = nn.Linear(config.heads * self.head_dim, config.dim, bias=False)
+        self.split, self.head_dim = (config.heads, config.kv_heads, config.kv_heads), config.head_dim
+        self.qkv = nn.Linear(config.dim, sum(self.split) * config.head_dim, bias=config.family == "qwen2")
+        self.output = nn.Linear(config.heads * config.head_dim, config.dim, bias=False)
+        if config.family == "qwen3":
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask, extend: Callable | None = None) -> Tensor:
         heads = self.qkv(x).unflatten(1, (-1, self.head_dim)).transpose(0, 1)  # (heads + 2 kv_heads, L, head_dim)
-        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads))
+        q, k, v = heads.split(self.split)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if v.dtype == torch.bfloat16 and not v.is_cuda:
             v = v.float()  # in bf16 a CPU's attention takes as long forward and twice as long back
@@ -268,13 +279,16 @@ class GPT(nn.Module):
             positions, mask = torch.arange(len(tokens), device=tokens.device), [(len(tokens), None)]
         angle = positions[:, None] * rotary_frequencies(self.config, tokens.device)  # (L, head_dim / 2)
         rotary = angle.cos(), angle.sin()
+        unrotated = torch.ones_like(angle), torch.zeros_like(angle)
         with self.precision():
             x = self.embedding(tokens)  # (L, dim)
             for layer, block in enumerate(self.blocks):
+                extend = cache and functools.partial(cache.extend, cache.keys[layer], cache.values[layer])
+                turn = rotary if self.config.rotated is None or self.config.rotated[layer] else unrotated
                 if self.checkpointed and torch.is_grad_enabled():
-                    x = checkpoint(block, x, rotary, mask, use_reentrant=False, preserve_rng_state=False)
+                    x = checkpoint(block, x, turn, mask, use_reentrant=False, preserve_rng_state=False)
                 else:
-                    x = block(x, rotary, mask, functools.partial(cache.extend, layer) if cache else None)
+                    x = block(x, turn, mask, extend)
             return self.norm(x)
 
     def precision(self) -> torch.autocast:
@@ -417,8 +431,7 @@ class Packed:
         """Who may attend to whom: on CUDA a FlexAttention block mask; elsewhere, for each document, its length n and a
         dense [n, n], or None where every token sees all before it."""
         if self.tokens.is_cuda:
-            length, rule = len(self.tokens), visibility(self.document, self.branch)
-            return create_block_mask(rule, None, None, length, length, device=self.tokens.device)
+            return block_mask(self.document, self.branch)
         masks, sizes = [], self.document.unique_consecutive(return_counts=True)[1].tolist()
         for document, branch in zip(self.document.split(sizes), self.branch.split(sizes), strict=True):
             at, forks = torch.arange(len(branch), device=branch.device), branch.max() > 1
@@ -426,15 +439,38 @@ class Packed:
         return masks
 
 
+def intervals(document: Tensor, branch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each token's document begins in the row, where the prompt ends (for the prompt's own tokens: after the
+    token), and where the token's branch begins: [L] each. document, branch: [L], as in Packed."""
+    at = torch.arange(len(document), device=document.device)
+    new_document = F.pad(document.diff() != 0, (1, 0), value=True)
+    new_branch = new_document | F.pad(branch.diff() != 0, (1, 0), value=True)
+    found = (torch.where(new_document, at, 0), torch.where(branch == 0, at + 1, 0), torch.where(new_branch, at, 0))
+    return tuple(places.cummax(0).values for places in found)
+
+
 def visibility(document: Tensor, branch: Tensor):
     """The rule of packed attention, as a FlexAttention mask_mod: a query sees a key of the same document, not later
-    in the row, that lies in the prompt or on the query's own branch. document, branch: [L]."""
+    in the row, that lies in the prompt or on the query's own branch. Since documents and branches are intervals of the
+    row, it compares places, which takes less arithmetic than comparing documents and branches. document, branch: [L].
+    """
+    begin, prompt_end, own = intervals(document, branch)
 
     def rule(row, head, query, key):
-        on_path = (branch[key] == 0) | (branch[key] == branch[query])
-        return (document[query] == document[key]) & on_path & (key <= query)
+        return (key <= query) & (key >= begin[query]) & ((key < prompt_end[query]) | (key >= own[query]))
 
     return rule
+
+
+def block_mask(document: Tensor, branch: Tensor) -> BlockMask:
+    """visibility's block mask, for L a multiple of 128: a block of 128 queries looks at the blocks from the one in
+    which its first document begins to itself. create_block_mask would find that by trying all L² pairs."""
+    block = torch.arange(len(document) // 128, device=document.device)
+    first = intervals(document, branch)[0][::128] // 128  # (blocks)
+    count, looked_at = block - first + 1, (first[:, None] + block).clamp(max=len(block) - 1)  # (blocks, blocks)
+    return BlockMask.from_kv_blocks(
+        count[None, None].int(), looked_at[None, None].int(), BLOCK_SIZE=128, mask_mod=visibility(document, branch)
+    )
 
 
 def pack(documents: list[tuple[Tensor, ...]], device: torch.device, tokens_per_pass: int = 0) -> Iterator[Packed]:
@@ -461,7 +497,7 @@ def lay_out(documents: list[tuple[Tensor, ...]], members: list[int], device: tor
         about += [(number, branch, len(parts)) for branch in range(len(documents[index]))]
         parts += documents[index]
     length = sum(len(part) for part in parts)
-    multiple = 128 if device.type == "cuda" else 1  # the size of a block mask's blocks
+    multiple = 1024 if device.type == "cuda" else 1  # few lengths, each a multiple of a block mask's 128
     about.append((-1, 0, len(parts)))
     parts.append(torch.zeros(-(-max(1, length) // multiple) * multiple - length, dtype=torch.long))
 
@@ -486,51 +522,52 @@ def lay_out(documents: list[tuple[Tensor, ...]], members: list[int], device: tor
 
 
 class Cache:
-    """Keys and values, [layers, S, kv_heads, columns, head_dim] each, of S sequences being generated, sorted by the
-    prompt's length, the longest first. The prompts are aligned right, so the next token's column is the same for all.
+    """Keys and values, [layers, S, kv_heads, width, head_dim] each, of S sequences being generated, sorted by the
+    prompt's length, the longest first. A token's column is its position.
 
-    lengths, first: [S], of the prompts, and the column in which each begins. new: (index in the row, sequence, column)
-    of each token whose keys and values are to be stored. mask: None during the prompts; then it cuts the sequences into
-    groups whose shortest has at least 0.7 of the longest's columns, so that little padding is read: (rows, columns,
-    what is added to the scores [n, 1, 1, columns]) each.
+    positions: [S], of each sequence's last token. new: (index in the row, sequence, column) of each token whose keys
+    and values are to be stored. bias: [S, 1, 1, width], 0 for columns in use and −∞ for the rest. `width` never
+    changes, nor does anything here depend on numbers that the GPU has: a step can be captured as a CUDA graph.
     """
 
-    def __init__(self, config: Config, prompts: Packed, lengths: Tensor, steps: int, dtype: torch.dtype):
-        self.lengths, self.first, self.mask = lengths, lengths[0] - lengths, None
-        self.columns = int(lengths[0])  # how many are in use
-        shape = len(lengths), config.kv_heads, self.columns + steps, config.dim // config.heads
-        self.keys, self.values = torch.zeros(2, config.layers, *shape, dtype=dtype, device=lengths.device)
+    def __init__(self, config: Config, prompts: Packed, steps: int, dtype: torch.dtype):
+        self.positions, device = prompts.positions[prompts.last], prompts.tokens.device
+        width = -(-(int(self.positions[0]) + 1 + steps) // 16) * 16  # CUDA's attention wants its bias aligned
+        shape = config.layers, len(prompts.last), config.kv_heads, width, config.head_dim
+        self.keys, self.values = torch.zeros(2, *shape, dtype=dtype, device=device)
+        self.bias = torch.zeros(len(prompts.last), 1, 1, width, dtype=dtype, device=device)
+        later = torch.arange(width, device=device) > self.positions[:, None]
+        self.bias.masked_fill_(later[:, None, None], -math.inf)
         places = (prompts.document >= 0).nonzero()[:, 0]
-        sequence = prompts.document[places]
-        self.new = places, sequence, self.first[sequence] + prompts.positions[places]
+        self.new, self.decoding = (places, prompts.document[places], prompts.positions[places]), False
 
     def step(self) -> None:
         """Makes room for a new token of each sequence."""
-        count, device = len(self.lengths), self.lengths.device
-        self.new = slice(None), torch.arange(count, device=device), torch.full((count,), self.columns, device=device)
-        self.columns += 1
-        self.mask, start = [], 0
-        while start < count:
-            begin = int(self.first[start])
-            end = int((self.columns - self.first >= 0.7 * (self.columns - begin)).sum())
-            before = torch.arange(begin, self.columns, device=device) < self.first[start:end, None]
-            bias = torch.zeros(before.shape, device=device, dtype=self.keys.dtype)
-            bias = bias.masked_fill(before, -math.inf)[:, None, None]
-            self.mask.append((slice(start, end), slice(begin, self.columns), bias))
-            start = end
+        every = torch.arange(len(self.positions), device=self.positions.device)
+        self.positions += 1
+        self.bias[:, 0, 0].scatter_(1, self.positions[:, None], 0.0)
+        self.new, self.decoding = (slice(None), every, self.positions), True
+
+    def mask(self) -> list[tuple[slice, Tensor]]:
+        """What a step's attention adds to the scores: (sequences, [n, 1, 1, columns]). On CUDA all sequences at once,
+        at full width; on a CPU few of like length at a time, without the columns that none of them uses."""
+        if self.bias.is_cuda:
+            return [(slice(None), self.bias)]
+        groups = [slice(start, start + 16) for start in range(0, len(self.bias), 16)]
+        return [(rows, self.bias[rows, :, :, : int(self.positions[rows][0]) + 1]) for rows in groups]
 
     def keep(self, going: Tensor) -> None:
         """Drops the sequences that are not `going`, [S] bool."""
-        self.lengths, self.first = self.lengths[going], self.first[going]
+        self.positions, self.bias = self.positions[going], self.bias[going]
         self.keys, self.values = self.keys[:, going], self.values[:, going]
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores a layer's keys and values [kv_heads, L, head_dim] of L new tokens. Returns those that the new tokens
-        look at: in the prompts their own, later all of the layer's."""
+    def extend(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k and v [kv_heads, L, head_dim] of L new tokens in a layer's keys and values. Returns those that the
+        new tokens look at: in the prompts their own, later all of the layer's."""
         places, sequence, column = self.new
-        self.keys[layer][sequence, :, column] = k.transpose(0, 1)[places]
-        self.values[layer][sequence, :, column] = v.transpose(0, 1)[places]
-        return (k, v) if self.mask is None else (self.keys[layer], self.values[layer])
+        keys[sequence, :, column] = k.transpose(0, 1)[places]
+        values[sequence, :, column] = v.transpose(0, 1)[places]
+        return (keys, values) if self.decoding else (k, v)
 
 
 def sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
@@ -596,28 +633,41 @@ def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperatu
     """Token ids [S, max_new_tokens] sampled with a key-value cache, `prompts` in falling order of their lengths; a row
     is `end` from its first `end` on."""
     device, (count, steps) = model.embedding.weight.device, noise.shape
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     batch = lay_out([(prompt,) for prompt in prompts], list(range(count)), device)
-    cache = Cache(model.config, batch, lengths, steps, model.activations if device.type == "cuda" else torch.float32)
+    cache = Cache(model.config, batch, steps, model.activations if device.type == "cuda" else torch.float32)
     hidden = model(batch.tokens, batch.positions, batch.mask, cache)[batch.last]  # (S, dim)
     head, noise = model.vocabulary_weight.to(model.activations), noise.to(device)
-    output, live = torch.full((count, steps), end, device=device), torch.arange(count, device=device)
-    ended = torch.zeros_like(live, dtype=torch.bool)
-    for step in range(steps):
-        tokens = sample(hidden.to(head.dtype) @ head.T, noise[live, step], temperature).masked_fill(ended, end)
-        output[live, step], ended = tokens, tokens == end
+    drawn = sample(hidden.to(head.dtype) @ head.T, noise[:, 0], temperature)  # (S), the newest token of each
+    result, live = torch.full((count, steps), end, device=device), torch.arange(count, device=device)
+    output, column, graph = result.clone(), torch.zeros(1, dtype=torch.long, device=device), None
+    output[:, 0] = drawn
+
+    def advance() -> None:  # all in place, so that replaying it as a graph goes on
+        cache.step()
+        hidden = model(drawn, cache.positions, cache.mask(), cache)
+        column.add_(1)
+        new = sample(hidden.to(head.dtype) @ head.T, noise.index_select(1, column)[:, 0], temperature)
+        drawn.copy_(new.masked_fill(drawn == end, end))
+        output.index_copy_(1, column, drawn[:, None])
+
+    for step in range(1, steps + 1):
         if watch:
-            watch(tokens)
-        if watch or step % 8 == 7:  # now and then, the finished leave the batch
-            if ended.all():
-                break
-            if ended.any():
-                cache.keep(~ended)
-                live, tokens, ended = live[~ended], tokens[~ended], ended[~ended]
-        if step < steps - 1:
-            cache.step()
-            hidden = model(tokens, cache.lengths + step, cache.mask, cache)
-    return output.cpu()
+            watch(drawn)
+        if watch or step % 8 == 0 or step == steps:  # now and then, the finished leave the batch
+            going, result[live] = drawn != end, output
+            if step == steps or not going.any():
+                return result.cpu()
+            if going.sum() < (0.5 if device.type == "cuda" else 0.9) * len(going):  # capturing anew takes its time
+                cache.keep(going)
+                drawn, noise, output, live, graph = drawn[going], noise[going], output[going], live[going], None
+        if graph is not None:
+            graph.replay()
+        else:
+            advance()
+            if device.type == "cuda":
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    advance()
 
 
 # ---- Tokenizer: byte-level byte-pair encoding ----
@@ -1243,7 +1293,7 @@ def prepare_model(model: nn.Module, settings: CommonSettings) -> nn.Module:
     `--dtype auto` takes bf16 where the hardware multiplies it faster: on GPUs that have it, and on CPUs with
     instructions for it when the model is wide enough to pay for the casts."""
     device, gpt = choose_device(settings), model if isinstance(model, GPT) else model.trunk
-    if device.type == "cuda" and gpt.config.dim < 16 * gpt.config.heads:
+    if device.type == "cuda" and gpt.config.head_dim < 16:
         raise UserError("--device cuda: FlexAttention needs heads at least 16 wide; try --device cpu")
     units = torch.cpu.get_capabilities()
     faster = device.type == "cpu" and gpt.config.dim >= 256 and (units.get("amx_bf16") or units.get("avx512_bf16"))
@@ -1252,31 +1302,38 @@ def prepare_model(model: nn.Module, settings: CommonSettings) -> nn.Module:
     gpt.activations = torch.bfloat16 if bf16 else torch.float32
     gpt.checkpointed = getattr(settings, "grad_checkpoint", False)
     gpt.compiled = device.type == "cuda" if settings.compile is None else settings.compile
-    for block in gpt.blocks if gpt.compiled and device.type == "cuda" else []:
-        block.compile(dynamic=True)  # on a CPU, a block's graph would depend on the documents' lengths
+    if gpt.compiled and device.type == "cuda":  # on a CPU, a block's graph would depend on the documents' lengths
+        torch._dynamo.config.recompile_limit = 32  # variants: with gradients or not, one a model
+        torch._dynamo.config.fail_on_recompile_limit_hit = True  # or FlexAttention would go on uncompiled, L² in memory
+        for block in gpt.blocks:
+            block.compile(dynamic=True)
     return shard(model, gpt.blocks, device) if dist.is_initialized() else model.to(device)
 
 
-# ---- Pretrained weights in: Hugging Face folders of the Llama family ----
+# ---- Pretrained weights in: Hugging Face folders of Llama and its relatives ----
+
+FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "smollm3": "SmolLM3"}  # and their classes' names
 
 LLAMA_NAMES = {  # this project's names of the parameters, and theirs; ours hold several of theirs, one below the other
     "embedding": ["model.embed_tokens"], "norm": ["model.norm"], "head": ["lm_head"],
     "attention_norm": ["input_layernorm"], "mlp_norm": ["post_attention_layernorm"],
     "attention.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attention.q_norm": ["self_attn.q_norm"], "attention.k_norm": ["self_attn.k_norm"],
     "attention.output": ["self_attn.o_proj"], "gate_up": ["mlp.gate_proj", "mlp.up_proj"], "down": ["mlp.down_proj"],
 }
 CONFIG_NAMES = {  # the fields of Config, and the keys of config.json
     "vocabulary": "vocab_size", "dim": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
     "kv_heads": "num_key_value_heads", "mlp": "intermediate_size", "context": "max_position_embeddings",
     "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings",
+    "head_dim": "head_dim", "family": "model_type", "rotated": "no_rope_layers",
 }
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def llama_names(name: str) -> list[str]:
     """What Hugging Face's Llama calls the tensors that the GPT's parameter `name` holds."""
-    block, module = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.weight", name).groups()
-    return [("" if block is None else f"model.layers.{block}.") + part + ".weight" for part in LLAMA_NAMES[module]]
+    block, module, kind = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)", name).groups()
+    return [("" if block is None else f"model.layers.{block}.") + f"{part}.{kind}" for part in LLAMA_NAMES[module]]
 
 
 def find_pretrained(name: str) -> Path:
@@ -1362,28 +1419,38 @@ def import_model(folder: Path) -> tuple[GPT, Tokenizer]:
 
 
 def import_config(path: Path) -> Config:
-    """The shape that config.json describes; keys it lacks have the defaults of transformers' LlamaConfig."""
+    """The shape that config.json describes; keys it lacks have the defaults that transformers gives them."""
     with reading(path):
-        given = read_json(path)
-        defaults = {"max_position_embeddings": 2048, "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
-                    "tie_word_embeddings": False, "num_key_value_heads": given["num_attention_heads"]}
-        given = defaults | {name: value for name, value in given.items() if value is not None}
+        given = {name: value for name, value in read_json(path).items() if value is not None}
+        if given["model_type"] not in FAMILIES:
+            raise UserError(f"{path}: model_type {given['model_type']} is not supported, only {', '.join(FAMILIES)}")
+        family, heads = given["model_type"], given["num_attention_heads"]
+        given = {"max_position_embeddings": 2048 if family == "llama" else 32768, "rms_norm_eps": 1e-6,
+                 "rope_theta": 2e6 if family == "smollm3" else 1e4, "tie_word_embeddings": family == "smollm3",
+                 "head_dim": 128 if family == "qwen3" else given["hidden_size"] // heads,
+                 "num_key_value_heads": heads} | given
         given |= given.get("rope_scaling", {}) | given.get("rope_parameters", {})  # transformers 5 has the latter
         given.setdefault("rope_type", given.get("type", "default"))
+        if not given.get("use_sliding_window", family == "llama"):
+            given["sliding_window"] = None
+        if family == "qwen2":  # has biases whatever this key says
+            given.pop("attention_bias", None)
+        if family != "smollm3":
+            given["no_rope_layers"] = None
         config = Config(**{ours: given[theirs] for ours, theirs in CONFIG_NAMES.items()}, pretrained=True)
         if given["rope_type"] == "llama3":
             given.setdefault("original_max_position_embeddings", config.context)
             config.rope_scaling = {name: given[name] for name in LLAMA3_SCALING}
-        only = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-                "attention_dropout": 0, "partial_rotary_factor": 1, "sliding_window": None, "rope_interleaved": False,
-                "quantization_config": None, "transformers_weights": None, "head_dim": config.dim // config.heads,
-                "rope_type": "llama3" if config.rope_scaling else "default"}
+        only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0,
+                "partial_rotary_factor": 1, "sliding_window": None, "rope_interleaved": False,
+                "layer_types": ["full_attention"] * config.layers, "quantization_config": None,
+                "transformers_weights": None, "rope_type": "llama3" if config.rope_scaling else "default"}
         for name, value in only.items():
             if given.get(name, value) != value:
                 raise UserError(f"{path}: {name} {given[name]!r} is not supported, only {value!r}")
-        if config.dim % (2 * config.heads) or config.heads % config.kv_heads:
-            shape = f"hidden_size {config.dim} and {config.heads} heads, {config.kv_heads} for keys and values,"
-            raise UserError(f"{path}: {shape} do not make heads of one even size that share keys evenly")
+        if config.head_dim % 2 or config.heads % config.kv_heads:
+            shape = f"heads {config.head_dim} wide, {config.heads} of them and {config.kv_heads} for keys and values,"
+            raise UserError(f"{path}: {shape} are not of one even size that share keys evenly")
         return config
 
 

@@ -237,15 +237,15 @@ def test_kernel_never_makes_more_logits_than_a_tile_and_compiled_it_is_the_same(
 
 
 def test_who_sees_whom_is_the_rule_token_by_token(monkeypatch):
-    """Labels are document and branch, none in a prompt. On CUDA a row has a multiple of 128 places: the filler sees
+    """Labels are document and branch, none in a prompt. On CUDA a row has a multiple of 1,024 places: the filler sees
     itself, or a block mask would hold rows without a key, and nobody sees the filler."""
     documents = [[torch.arange(size) for size in sizes] for sizes in ((2, 3, 2), (1, 1, 2), (3, 2), (4,))]
-    labels = "C C C C1 C1 A A A1 A1 A1 A2 A2 D D D D B B1 B2 B2".split() + ["."] * 108
-    expected = torch.zeros(128, 128, dtype=torch.bool)
+    labels = "C C C C1 C1 A A A1 A1 A1 A2 A2 D D D D B B1 B2 B2".split() + ["."] * 1004
+    expected = torch.zeros(1024, 1024, dtype=torch.bool)
     for query, at in enumerate(labels):
         for key, other in enumerate(labels[: query + 1]):
             expected[query, key] = other in (at, at[0])
-    batch, at = lay_out(documents, [2, 0, 3, 1], CPU), torch.arange(128)
+    batch, at = lay_out(documents, [2, 0, 3, 1], CPU), torch.arange(1024)
     pieces = [torch.ones(size, size).tril().bool() if mask is None else mask for size, mask in batch.mask]
     assert torch.equal(torch.block_diag(*pieces).bool(), expected[:20, :20])
     assert [mask is None for _, mask in batch.mask] == [True, False, True, False]  # causal where nothing forks
@@ -316,15 +316,22 @@ def test_gradients_do_not_depend_on_the_size_of_a_pass(policy, documents, mode, 
     assert all((other - gradients[0]).norm() <= tolerance * gradients[0].norm() for other in gradients)
 
 
-def test_flex_attention_equals_attention_by_document(policy, documents):
-    """Bare attention on random queries, and the GPT: a block mask (no block divides the row), a mask a document."""
-    (batch,) = pack([*documents, (torch.arange(310) % 97, torch.arange(5))], CPU)
-    rule, length = visibility(batch.document, batch.branch), len(batch.tokens)
-    block_mask = create_block_mask(rule, None, None, length, length, device="cpu")
+def test_flex_attention_equals_attention_by_document(policy, documents, monkeypatch):
+    """Bare attention on random queries, and the GPT: a mask a document, and on CUDA a block mask made from where the
+    documents begin. It looks at every block that FlexAttention's own trial of all pairs finds."""
+    documents = [*documents, (torch.arange(310) % 97, torch.arange(5)), *documents]
+    batch = lay_out(documents, [*range(len(documents))], CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor)
+        row = lay_out(documents, [*range(len(documents))], torch.device("cuda"))
+    mask, length, real = model.block_mask(row.document, row.branch), len(row.tokens), len(batch.tokens)
+    rule = visibility(row.document, row.branch)
+    tried = create_block_mask(rule, None, None, length, length, device="cpu").to_dense()
+    assert length % 1024 == 0 and bool((mask.to_dense() >= tried).all()) and mask.to_dense().sum() <= 1.2 * tried.sum()
     parts = [torch.randn(heads, length, 8, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2)]
     with torch.no_grad():
-        close(attend(*parts, block_mask), attend(*parts, batch.mask))
-        close(*(policy(batch.tokens, batch.positions, mask) for mask in (block_mask, batch.mask)))
+        close(attend(*parts, mask)[:, :real], attend(*(part[:, :real] for part in parts), batch.mask))
+        close(policy(row.tokens, row.positions, mask)[:real], policy(batch.tokens, batch.positions, batch.mask))
 
 
 # ---- Generation ----

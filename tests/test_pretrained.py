@@ -155,10 +155,11 @@ SCALED = {"rope_parameters": {"rope_theta": 10000.0, **LLAMA3_ROPE}}
 IDS = [torch.randint(0, 257, (length,), generator=torch.Generator().manual_seed(length)) for length in (120, 33, 1)]
 
 
-def llama(**changes):
-    """A LlamaForCausalLM whose random weights are large enough that every setting shows in its logits."""
+def llama(family="llama", **changes):
+    """A …ForCausalLM whose random weights are large enough that every setting shows in its logits."""
     torch.manual_seed(0)
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SHAPE, **changes})).eval()
+    shape = transformers.AutoConfig.for_model(family, **{**SHAPE, "pad_token_id": None, **changes})
+    theirs = transformers.AutoModelForCausalLM.from_config(shape).eval()
     for parameter in theirs.parameters():
         torch.nn.init.uniform_(parameter, *((0.5, 1.5) if parameter.dim() == 1 else (-0.35, 0.35)))
     return theirs
@@ -217,7 +218,7 @@ def same_logits(policy, theirs):
     if not isinstance(theirs, torch.nn.Module):
         load = transformers.AutoModelForCausalLM.from_pretrained
         theirs, report = load(theirs, dtype=torch.float32, output_loading_info=True)
-        assert type(theirs) is transformers.LlamaForCausalLM and not any(report.values()), report
+        assert theirs.config.model_type == policy.config.family and not any(report.values()), report
     for ids in IDS:
         logits = theirs(ids[None]).logits[0]
         assert logits.std() > 0.5
@@ -229,11 +230,16 @@ def same_logits(policy, theirs):
 @pytest.mark.parametrize("changes", [
     {**TIED, "num_key_value_heads": 4}, {"rms_norm_eps": 0.02}, {"num_key_value_heads": 1, "num_attention_heads": 1},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, {**SCALED, **TIED, "num_key_value_heads": 1},
+    {"family": "llama", "head_dim": 24}, {"family": "qwen2"}, {"family": "qwen3", "head_dim": 32, **TIED},
+    {"family": "qwen2", **TIED, "num_key_value_heads": 1, "use_sliding_window": False, "sliding_window": 8},
+    {"family": "qwen3", "num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    {"family": "smollm3", "no_rope_layers": [0, 1], "num_hidden_layers": 2},
 ], ids=lambda changes: " ".join(changes))
 def test_logits_logprobs_and_greedy_answers_equal_those_of_transformers(changes, tmp_path):
     theirs = llama(**changes)
     policy, _ = import_model(stored(theirs, tmp_path))
     same_logits(policy, theirs)
+    same_logits(policy, exported(tmp_path, Tokenizer(bytes_only().to_str(), END), policy))
     assert policy.config.pretrained and policy.config.tied == theirs.config.tie_word_embeddings
     prompt, *responses = document = IDS[0][:50], IDS[1], IDS[0][50:]
     (batch,) = pack([(IDS[2], IDS[1]), document], CPU)  # in which the longer document comes first
@@ -317,17 +323,19 @@ PREFIX, REMOVED = pre_tokenizers.ByteLevel(add_prefix_space=True), pre_tokenizer
 LOWER, REVERSED = normalizers.Lowercase(), json.loads(bytes_only(merges=AB).to_str())
 REVERSED["model"]["merges"].reverse()
 ROBERTA = json.loads(bytes_only().to_str()) | {"post_processor": {"type": "RobertaProcessing"}}
-KEYS = {"model_type": "mistral", "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "sliding_window": 64,
-        "attention_dropout": 0.1, "quantization_config": {"bits": 4}, "head_dim": 32, "rope_interleaved": True}
+KEYS = {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "sliding_window": 64,
+        "attention_dropout": 0.1, "quantization_config": {"bits": 4}, "rope_interleaved": True}
 OPTIONS = {"dropout": 0.1, "end_of_word_suffix": "</w>", "byte_fallback": True, "continuing_subword_prefix": "##"}
 SPOILT = {  # what the message names, and what is wrong
     **{f"{name} {value!r} is not": config(**{name: value}) for name, value in KEYS.items()},
     **{f"{name} {value!r} is not": tokenizer(**{name: value}) for name, value in OPTIONS.items()},
     **{f"'<{name}>' with lstrip, rstrip or": tokenizer(added=[AddedToken(f"<{name}>", **{name: True})])
        for name in ("lstrip", "rstrip", "single_word")},
+    "model_type mistral is not": config(model_type="mistral"), "is [128, 64], config.json says [256": config(head_dim=32),
+    "layer_types ['sl": config(layer_types=["sliding_attention"]), "heads 15 wide": config(head_dim=15),
     "partial_rotary_factor 0.5": config(rope_parameters={**ROPE, "partial_rotary_factor": 0.5}),
     "yarn": config(rope_parameters=None, rope_scaling={"type": "yarn"}),
-    "KeyError: 'vocab_size'": config(vocab_size=None), "hidden_size 66": config(hidden_size=66, head_dim=None),
+    "KeyError: 'vocab_size'": config(vocab_size=None), "[260, 66]": config(hidden_size=66, head_dim=None),
     "3 for keys": config(num_key_value_heads=3), "config.json: damaged": config(num_hidden_layers="two"),
     "257 tokens": config(vocab_size=256), "[{\"type\": \"By": tokenizer(words=[GPT2, DIGITS]),
     "low_freq_factor": config(rope_parameters={**ROPE, "rope_type": "llama3"}),

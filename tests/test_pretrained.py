@@ -331,7 +331,7 @@ SPOILT = {  # what the message names, and what is wrong
     **{f"{name} {value!r} is not": tokenizer(**{name: value}) for name, value in OPTIONS.items()},
     **{f"'<{name}>' with lstrip, rstrip or": tokenizer(added=[AddedToken(f"<{name}>", **{name: True})])
        for name in ("lstrip", "rstrip", "single_word")},
-    "model_type mistral is not": config(model_type="mistral"), "is [128, 64], config.json says [256": config(head_dim=32),
+    "is [128, 64], config.json says [256": config(head_dim=32), "type mistral is not": config(model_type="mistral"),
     "layer_types ['sl": config(layer_types=["sliding_attention"]), "heads 15 wide": config(head_dim=15),
     "partial_rotary_factor 0.5": config(rope_parameters={**ROPE, "partial_rotary_factor": 0.5}),
     "yarn": config(rope_parameters=None, rope_scaling={"type": "yarn"}),

@@ -118,8 +118,7 @@ def own_answers(settings: Settings, pairs: Pairs, model: RewardModel, device: to
             require_parts(*(tokenizer.decode(part).strip() for part in made))
             parts += made
             kept.append(index)
-    dropped = f"{count - len(kept)} prompts dropped, without two that differ"
-    print(f"own answers: {log['generated']} tokens, {log['ended']:.1%} ended; {dropped}")
+    print(f"own answers: {log['generated']} tokens, {log['ended']:.1%} ended; {count - len(kept)} prompts make no pair")
     if not kept:
         raise UserError(f"--policy {settings.policy}: no prompt has two answers that ended and differ")
     write_text(Path(settings.out) / Path(settings.easy).with_suffix(".jsonl"), json.dumps(log) + "\n")

@@ -68,12 +68,19 @@ def gradients(*models):
 # ---- The pure functions ----
 
 
-def test_1_shaped_rewards_by_hand():
+@pytest.mark.parametrize("matching, expected", [
+    (1.0, [[-0.5, 1.0, 10.0], [-5.0, 0.0, 0.0]]),  # PPO
+    (0.2, [[-0.5, 1.5, 10.0], [-5.0, 0.0, 0.0]]),  # PM-RLHF: log 0.2 = −1.6, so the −1 alone has no say: 0.5 · 3
+])
+def test_1_shaped_rewards_by_hand(matching, expected):
     """β = 0.5. First answer, 3 tokens, log-ratios 1, −2, 0: −0.5, 1, 0 + 10. Second, 1 token, log-ratio 4: −2 − 3."""
     logprobs = torch.tensor([[-1.0, -3.0, -2.0], [-1.0, 0.0, 0.0]])
-    reference_logprobs = torch.tensor([[-2.0, -1.0, -2.0], [-5.0, 0.0, 0.0]])
-    rewards = shaped_rewards(logprobs, reference_logprobs, torch.tensor([10.0, -3.0]), torch.tensor([3, 1]), 0.5)
-    assert rewards.tolist() == [[-0.5, 1.0, 10.0], [-5.0, 0.0, 0.0]]
+    reference = torch.tensor([[-2.0, -1.0, -2.0], [-5.0, 0.0, 0.0]])
+    rewards = shaped_rewards(logprobs, reference, torch.tensor([10.0, -3.0]), torch.tensor([3, 1]), 0.5, matching)
+    assert rewards.tolist() == expected
+    reference = torch.tensor([[-2.0, -3.0, 0.0]])  # the table's case: β = 0.3, α = 0.1, log π = −1
+    rewards = shaped_rewards(torch.tensor([[-1.0, -1.0, 0.0]]), reference, torch.zeros(1), torch.tensor([2]), 0.3, 0.1)
+    torch.testing.assert_close(rewards, torch.tensor([[0.3, -0.6, 0.0]]))
 
 
 def test_gae_by_hand():
@@ -169,11 +176,14 @@ def test_3_in_the_first_minibatch_the_ratio_is_1_to_the_last_digit_in_every_mode
         assert totals["ratio"].item() == pytest.approx(1.0, abs=1e-6)  # a mean of ones
 
 
-def test_1_with_gamma_and_lambda_1_the_first_return_is_the_score_minus_beta_times_the_kl(roll):
+@pytest.mark.parametrize("matching", [1.0, 0.01])
+def test_1_with_gamma_and_lambda_1_the_first_return_is_the_score_minus_beta_times_the_kl(roll, matching):
     """2: less the penalty where an answer did not end; the log shows the reward model's own score."""
-    rollout = roll()
-    settings = make_settings(gamma=1.0, gae_lambda=1.0, kl_coefficient=0.3, missing_eos_penalty=2.5)
-    scores, kl = rollout.scores.clone(), (rollout.logprobs - rollout.reference_logprobs).sum(1)
+    rollout, limits = roll(), {"kl_coefficient": 0.3, "missing_eos_penalty": 2.5, "matching": matching}
+    settings = make_settings(gamma=1.0, gae_lambda=1.0, **limits)
+    silent = rollout.reference_logprobs.exp() > matching
+    scores, kl = rollout.scores.clone(), (rollout.logprobs - rollout.reference_logprobs * ~silent).sum(1)
+    assert 0 < silent[rollout.real].sum() < rollout.real.sum() or matching == 1.0
     _, returns = advantages_and_returns(settings, rollout)
     assert kl.abs().min() > 1e-2
     torch.testing.assert_close(returns[:, 0], scores - 2.5 * ~rollout.ended - 0.3 * kl, rtol=1e-4, atol=1e-4)

@@ -5,11 +5,12 @@ import re
 
 import pytest
 import torch
-from conftest import make_pairs, write
+from conftest import BYTES, END, TINY, make_pairs, plain_logprobs, plain_score, write
 
+import model
 import split
-from model import UserError
-from split import describe, easy_mask, histogram, reward_gaps
+from model import GPT, CommonSettings, UserError, generate, load_model, load_pairs, mixed_seed, read_log, train_tokenizer
+from split import describe, easy_mask, histogram, order_agreement, reward_gaps
 
 
 def test_a_pair_ranked_against_its_label_is_hard_by_signed_gap_and_easy_by_absolute_gap():

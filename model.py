@@ -1761,11 +1761,12 @@ class Settings(TrainingSettings):
             raise UserError(f"--heads {self.heads} is not a multiple of --kv-heads {self.kv_heads}")
         if self.wrong_labels is not None and self.data != "toy":
             raise UserError("--wrong-labels: only the toy world knows which labels are wrong")
+        read, onward = ("sft.pt", self.init, self.data, self.extrapolate), self.extrapolate or self.data.endswith(".pt")
+        if onward and (self.save in read or not str(self.init).endswith(".pt")):
+            raise UserError("--extrapolate, or a pairs file as --data, needs a checkpoint as --init and another --save")
         for name in ("vocabulary", "dim", "layers", "heads", "kv_heads"):
             if self.init and getattr(self, name) != getattr(Settings, name):
                 raise UserError(f"--{name.replace('_', '-')}: the shape of --init {self.init} is given")
-        if (self.extrapolate or self.data.endswith(".pt")) and (not self.init or self.save in ("sft.pt", self.init)):
-            raise UserError("--extrapolate, or a pairs file as --data, needs a checkpoint as --init and another --save")
 
 
 def extrapolate(settings: Settings, policy: GPT, tokenizer: Tokenizer) -> None:

@@ -38,6 +38,8 @@ def test_score_is_the_same_among_strangers_alone_and_with_its_sibling(reward_mod
     swapped = [(prompt, rejected, chosen) for prompt, chosen, rejected in documents]
     alone = [(prompt, side) for prompt, *sides in documents for side in sides]
     alone = torch.cat([reward_model.score(batch) for one in alone for batch in pack([one], CPU)]).view(9, 2)
+    more = [(*document, document[1]) for document in documents]  # any number of branches
+    torch.testing.assert_close(score_pairs(reward_model, more, CPU), expected[:, [0, 1, 0]], rtol=1e-4, atol=1e-5)
     for scores in (score_pairs(reward_model, make_pairs(documents), CPU), alone,
                    score_pairs(reward_model, make_pairs(swapped), CPU).flip(1)):
         torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)

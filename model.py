@@ -1009,8 +1009,7 @@ class Pairs:
 
 
 def load_pairs(settings: CommonSettings, name: str) -> Pairs:
-    """Reads the pairs file `name`, or several joined by +. Raises UserError if one is missing or broken, goes back to
-    other data than the first, or there is no pair."""
+    """Reads the pairs file `name`, or several: a.pt+b.pt. Raises UserError at one missing or broken, or at no pair."""
     content, *others = (load(settings, one, "pairs file") for one in re.split(r"(?<=\.pt)\+", name))
     with reading(name):
         for kept in ("tokens", "lengths", "rewards", "gold"):
@@ -1822,11 +1821,10 @@ def main() -> None:
         test.save(settings, "test.pt")
     for _, indices in training:
         documents = [pairs[index][:2] for index in indices]  # prompt and chosen response
-        tokens = int(pairs.lengths[indices, 1].sum())
         loss = torch.zeros((), device=device)
         for batch in pack(documents, device):
             logprobs, _ = policy.logprobs(batch)
-            batch_loss = -logprobs.sum() / tokens
+            batch_loss = -logprobs.sum() / int(pairs.lengths[indices, 1].sum())
             batch_loss.backward()
             loss += batch_loss.detach()
         grad_norm = training.update()

@@ -142,7 +142,7 @@ ANSWERS = [  # to five prompts: three texts, of which those with … did not end
     ([" Happy to help!", " Happy to help!", " Happy to help!"], [1.0, 2.0, 3.0]),
     ([" Happy to help!", " What a stupid question. …", " Anyway. …"], [1.0, 2.0, 3.0]),
     ([" Happy to help!", "", " Great question!"], [2.0, 1.0, 2.0]),
-    ([" Happy to help!", " Anyway.", " Drink more water."], [2.0, 2.0, 2.0]),
+    ([" Carry the chair slowly.", " Anyway.", " Drink more water."], [2.0, 2.0, 2.0]),
 ]
 
 
@@ -152,17 +152,17 @@ def ids(text):
 
 @pytest.mark.parametrize("chosen, texts, gold", [
     ("best", [(" What a stupid question.", " Sand the chair first.")], [[-1.0, 1.0]]),
-    ("gold", [(" Sand the chair first.", " What a stupid question."), (" Happy to help!", " Drink more water.")],
-     [[1.0, -1.0], [0.5, -0.5]]),
-    ("labelled", [(" Well.", text) for text in (" Sand the chair first.", *[" Happy to help!"] * 3)],
-     [[-0.25, 1.0], *[[-0.25, 0.5]] * 3]),
+    ("gold", [(ANSWERS[0][0][0], " What a stupid question."), (ANSWERS[4][0][0], " Drink more water.")],
+     [[1.0, -1.0], [1.0, -0.5]]),
+    ("labelled", [(" Well.", ANSWERS[number][0][0]) for number in (0, 1, 2, 4)],
+     [[-0.25, 1.0], [-0.25, 0.5], [-0.25, 0.5], [-0.25, 1.0]]),
 ])
 def test_own_answers_by_hand(run, monkeypatch, tmp_path, capsys, policy, reward_model, chosen, texts, gold):
     """What makes no pair: equal texts, a lone one, an empty one, equal rewards or gold. Twos that differ by gold: one
     of the first prompt, ordered wrongly; two of the fourth, rightly; three of the last, ties, each ½: 3.5 of 6."""
     prompts = [ids(f"\n\nHuman: How do I {task} my old chair?\n\nAssistant:…") for task in ["paint"] * 4 + ["move"]]
     pairs = make_pairs([(prompt, ids(" Well."), ids(" Boil.")) for prompt in prompts], LETTERS, "toy")
-    pairs.gold, calls, scored = torch.tensor([[-0.25, -0.25]] * 5), [], []
+    pairs.gold, calls, scored = torch.tensor([[-0.25, 0.0]] * 5), [], []
 
     def generate(policy, prompts, *more):
         calls.append(more)

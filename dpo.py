@@ -6,8 +6,8 @@ model and without sampling. What stands in for a reward is how much likelier a r
     r(x, y) = β (log π(y|x) − log π_ref(y|x)),
 
 and the loss is Bradley-Terry on it, L_DPO = − mean log σ(r(chosen) − r(rejected)). It trusts every label, which is why
-it gets the easy pairs here. The reference is the policy before its first step: its log-probs are computed in one pass
-at the start, and no second model exists.
+it gets the easy pairs here. The reference is the policy before its first step, unless --reference names another: its
+log-probs are computed in one pass at the start, and while the policy trains no second model exists.
 
     python dpo.py                                     # easy.pt → dpo.pt
     python dpo.py --data pairs.pt --save dpo_all.pt   # the baseline: DPO on all pairs
@@ -33,23 +33,28 @@ class Settings(TrainingSettings):
     """Flags of this stage."""
 
     data: str = flag("easy.pt", "pairs to train on")
-    init: str = flag("sft.pt", "policy to start from, and the reference")
+    init: str = flag("sft.pt", "policy to start from")
+    reference: str | None = flag(None, "policy to stay near [--init]")
     save: str = flag("dpo.pt", "checkpoint to write")
     epochs: float = flag(1.0, "passes over the pairs", least=0)
     batch_size: int = flag(64, "pairs per optimiser step", least=1)
     lr: float = flag(5e-5, "peak learning rate", least=0, pretrained=5e-7)
     beta: float = flag(0.1, "β: how closely the policy is held to the reference", above=0)
-    loss: Literal["sigmoid", "ipo"] = flag("sigmoid", "DPO's loss, or IPO's")
+    loss: Literal["sigmoid", "ipo", "linear"] = flag("sigmoid", "DPO's loss (SPIN's too), IPO's, or IRFT's")
     label_smoothing: float = flag(0.0, "share of labels taken to be wrong (conservative DPO)", least=0, most=1)
+    self_weight: float = flag(0.0, "weight w of the loss on labels that the policy itself gives (SAIL-DP)", least=0)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.loss == "ipo" and self.label_smoothing:
-            raise UserError("--label-smoothing: IPO's loss has none; leave it out, or take --loss sigmoid")
+        for name in ("label_smoothing", "self_weight"):
+            if self.loss != "sigmoid" and getattr(self, name):
+                shown = name.replace("_", "-")
+                raise UserError(f"--{shown}: --loss {self.loss} has none; leave it out, or take --loss sigmoid")
 
 
 def dpo_loss(
-    chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float, kind: str = "sigmoid", smoothing: float = 0.0
+    chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float, kind: str = "sigmoid", smoothing: float = 0.0,
+    self_weight: float = 0.0,
 ) -> Tensor:
     """Loss of each pair, in nats for "sigmoid", from log-ratios log π(y|x) − log π_ref(y|x). Shapes: [n], [n] → [n].
 
@@ -57,12 +62,21 @@ def dpo_loss(
     sigmoid: −(1 − ε) log σ(β m) − ε log σ(−β m), with ε = smoothing; Rafailov et al. 2023, equation 7, and for ε > 0
     Mitchell 2023, "A note on DPO with noisy preferences", equation 3;
     ipo: (m − 1 / (2 β))², Azar et al. 2023 (arXiv 2310.12036), equation 17, but on log-ratios that are means over the
-    response's tokens where the equation has sums, as its authors later advised; `smoothing` plays no part.
+    response's tokens where the equation has sums, as its authors later advised;
+    linear: −β m, IRFT of Li et al. 2024 (arXiv 2405.17888), on labelled responses and the policy's own answers. On such
+    pairs "sigmoid" is SPIN, Chen et al. 2024 (arXiv 2401.01335), equation 4.7, of which "linear" is the case ℓ(t) = −t.
+    With z = β m, `self_weight` w adds w H(σ(z)) to "sigmoid": the loss to expect where the policy draws the label, with
+    σ(z) for the chosen side; H(σ(z)) = softplus(z) − z σ(z), the binary entropy. SAIL-DP of Ding et al. 2024 (arXiv
+    2406.15567).
     """
     margin = chosen_logratios - rejected_logratios
+    z = beta * margin
     if kind == "ipo":
         return (margin - 1 / (2 * beta)) ** 2
-    return -(1 - smoothing) * F.logsigmoid(beta * margin) - smoothing * F.logsigmoid(-beta * margin)
+    if kind == "linear":
+        return -z
+    labelled = -(1 - smoothing) * F.logsigmoid(z) - smoothing * F.logsigmoid(-z)
+    return labelled + self_weight * (F.softplus(z) - z * z.sigmoid())
 
 
 def pair_logprobs(policy: GPT, batch: Packed, mean: bool) -> Tensor:
@@ -83,8 +97,9 @@ def main() -> None:
     settle(settings, policy.config.pretrained)
     per_token = settings.loss == "ipo"
 
-    # 2. The reference's log-probs of the pairs to come, while the policy still is the reference; in the batches of the
+    # 2. The reference's log-probs of the pairs to come, by default while the policy still is it; in the batches of the
     # first epoch, so that the first loss is ln 2 to the last digit, whatever the precision.
+    reader = load_model(settings, settings.reference, GPT)[0] if settings.reference else policy
     reference = torch.zeros(len(pairs), 2, device=device)
     steps = min(count_steps(settings, len(pairs)), math.ceil(len(pairs) / settings.batch_size))
     with torch.no_grad():
@@ -92,10 +107,12 @@ def main() -> None:
             indices = batch_indices(len(pairs), settings.batch_size, step, settings.seed)
             logprobs = torch.zeros(len(indices), 2, device=device)
             for batch in pack([pairs[index] for index in indices], device):
-                logprobs[batch.members] = pair_logprobs(policy, batch, per_token)
+                logprobs[batch.members] = pair_logprobs(reader, batch, per_token)
             reference[indices] = summed(logprobs)
+    del reader
 
     # 3. Train.
+    options = settings.beta, settings.loss, settings.label_smoothing, settings.self_weight
     training = Training(settings, len(pairs), policy)
     for _, indices in training:
         documents, reference_logprobs = [pairs[index] for index in indices], reference[indices]
@@ -103,13 +120,13 @@ def main() -> None:
         for batch in pack(documents, device):
             batch_logprobs = pair_logprobs(policy, batch, per_token)
             logratios = batch_logprobs - reference_logprobs[batch.members]
-            losses = dpo_loss(*logratios.unbind(1), settings.beta, settings.loss, settings.label_smoothing)
+            losses = dpo_loss(*logratios.unbind(1), *options)
             (losses.sum() / len(documents)).backward()
             logprobs[batch.members] = batch_logprobs.detach()
         grad_norm = training.update()
         logprobs = summed(logprobs)  # for the log: of the whole batch, whichever process had them
         logratios = logprobs - reference_logprobs
-        losses = dpo_loss(*logratios.unbind(1), settings.beta, settings.loss, settings.label_smoothing)
+        losses = dpo_loss(*logratios.unbind(1), *options)
         rewards = settings.beta * logratios
         margin = rewards[:, 0] - rewards[:, 1]
         lengths = pairs.lengths[indices]  # (batch, 3)

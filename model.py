@@ -1009,9 +1009,12 @@ class Pairs:
 
 
 def load_pairs(settings: CommonSettings, name: str) -> Pairs:
-    """Reads the pairs file `name`. Raises UserError if it is missing, broken, or holds no pair."""
-    content = load(settings, name, "pairs file")
+    """Reads the pairs file `name`, or several: a.pt+b.pt. Raises UserError at one missing or broken, or at no pair."""
+    content, *others = (load(settings, one, "pairs file") for one in re.split(r"(?<=\.pt)\+", name))
     with reading(name):
+        for kept in ("tokens", "lengths", "rewards", "gold"):
+            values = [one[kept] for one in (content, *others)]
+            content[kept] = None if any(value is None for value in values) else torch.cat(values)
         content["tokenizer"] = Tokenizer(**content["tokenizer"])
         pairs = Pairs(**{field.name: content[field.name] for field in dataclasses.fields(Pairs)})
     if not len(pairs):
@@ -1730,8 +1733,10 @@ def say_next(settings: CommonSettings, fields: list[str], command: str, flags: s
 class Settings(TrainingSettings):
     """Flags of this stage."""
 
-    data: str = flag("toy", "toy, hh, hh:<part>, tldr, or a .jsonl, .jsonl.gz, .json or .parquet file or folder")
+    data: str = flag("toy", "toy, hh[:part], tldr, a .jsonl[.gz], .json or .parquet file or folder, or a pairs file")
     init: str | None = flag(None, "Hugging Face folder or repository id, or a checkpoint [a new model]")
+    extrapolate: str | None = flag(None, "only move --init on, by --alpha times its way from this checkpoint (ExPO)")
+    alpha: float = flag(0.5, "α: how far --extrapolate moves it on")
     save: str = flag("sft.pt", "checkpoint to write")
     limit: int | None = flag(None, "rows to read at most [all; toy, which has no end: 10000]", least=1)
     wrong_labels: float | None = flag(None, "toy: share of wrong labels [Bradley-Terry decides]", least=0, most=1)
@@ -1755,9 +1760,22 @@ class Settings(TrainingSettings):
             raise UserError(f"--heads {self.heads} is not a multiple of --kv-heads {self.kv_heads}")
         if self.wrong_labels is not None and self.data != "toy":
             raise UserError("--wrong-labels: only the toy world knows which labels are wrong")
+        read, onward = ("sft.pt", self.init, self.data, self.extrapolate), self.extrapolate or self.data.endswith(".pt")
+        if onward and (self.save in read or not str(self.init).endswith(".pt")):
+            raise UserError("--extrapolate, or a pairs file as --data, needs a checkpoint as --init and another --save")
         for name in ("vocabulary", "dim", "layers", "heads", "kv_heads"):
             if self.init and getattr(self, name) != getattr(Settings, name):
                 raise UserError(f"--{name.replace('_', '-')}: the shape of --init {self.init} is given")
+
+
+def extrapolate(settings: Settings, policy: GPT, tokenizer: Tokenizer) -> None:
+    """Writes θ + α (θ − θ_SFT): ExPO, Zheng et al. 2024 (arXiv 2404.16792), equation 6. Exact at α = 0 and −1."""
+    start, _ = load_model(settings, settings.extrapolate, GPT, prepare=False)
+    with torch.no_grad(), reading(settings.extrapolate):
+        for ours, theirs in zip(policy.parameters(), start.parameters(), strict=True):
+            ours.copy_(theirs.lerp(ours, 1 + settings.alpha))
+    save_model(settings, policy, tokenizer)
+    say_next(settings, ["save"], "python evaluate.py", "--policies sft.pt {}")
 
 
 def main() -> None:
@@ -1771,14 +1789,21 @@ def main() -> None:
         policy, tokenizer = load_model(settings, settings.init, GPT, prepare=False) if from_file else (
             import_model(find_pretrained(settings.init)))
     settle(settings, settings.init is not None and policy.config.pretrained)
-    if settings.init and settings.context > policy.config.context:
-        raise UserError(f"--context {settings.context}: {settings.init} has a context of {policy.config.context}")
-    pairs, test = read_pairs(settings, tokenizer)
+    if settings.extrapolate:
+        return extrapolate(settings, policy, tokenizer)
+    ready = settings.data.endswith(".pt")  # pairs of token ids, from split.py or an earlier run
+    if ready:
+        there = (Path(settings.out) / "test.pt").exists()
+        pairs, test = load_pairs(settings, settings.data), load_pairs(settings, "test.pt") if there else None
+    else:
+        if settings.init and settings.context > policy.config.context:
+            raise UserError(f"--context {settings.context}: {settings.init} has a context of {policy.config.context}")
+        pairs, test = read_pairs(settings, tokenizer)
+        data = hashlib.sha256(json.dumps(pairs.tokenizer.state).encode())
+        for part in (pairs.tokens, pairs.lengths, test.tokens, test.lengths):
+            data.update(part.numpy())
+        settings.origin = (data.hexdigest()[:16], f"--data {settings.data}")
     tokenizer = pairs.tokenizer
-    data = hashlib.sha256(json.dumps(tokenizer.state).encode())
-    for part in (pairs.tokens, pairs.lengths, test.tokens, test.lengths):
-        data.update(part.numpy())
-    settings.origin = (data.hexdigest()[:16], f"--data {settings.data}")
 
     # 2. A new model has random weights.
     if policy is None:
@@ -1791,27 +1816,28 @@ def main() -> None:
 
     # 3. Cross-entropy on the chosen responses: a mean over the batch's tokens, however it is cut into passes.
     training = Training(settings, len(pairs), policy)
-    pairs.save(settings, "pairs.pt")  # not before --resume was found to fit
-    test.save(settings, "test.pt")
+    if not ready:
+        pairs.save(settings, "pairs.pt")  # not before --resume was found to fit
+        test.save(settings, "test.pt")
     for _, indices in training:
         documents = [pairs[index][:2] for index in indices]  # prompt and chosen response
-        tokens = sum(len(response) for _, response in documents)
         loss = torch.zeros((), device=device)
         for batch in pack(documents, device):
             logprobs, _ = policy.logprobs(batch)
-            batch_loss = -logprobs.sum() / tokens
+            batch_loss = -logprobs.sum() / int(pairs.lengths[indices, 1].sum())
             batch_loss.backward()
             loss += batch_loss.detach()
         grad_norm = training.update()
-        tokens_read = sum(len(prompt) + len(response) for prompt, response in documents)
+        tokens_read = int(pairs.lengths[indices, :2].sum())
         training.log(("loss",), "pairs", len(documents), tokens_read, loss=summed(loss).item(), grad_norm=grad_norm)
 
     # 4. How well it predicts held-back responses.
-    documents = [test[index][:2] for index in range(len(test))]
-    with torch.no_grad():
-        total = sum(policy.logprobs(batch)[0].sum() for batch in pack(documents, device))
-    loss = -summed(total).item() / test.lengths[:, 1].sum().item()
-    print(f"test loss {loss:.3f} nats a token (perplexity {math.exp(loss):.2f})")
+    if test:
+        documents = [test[index][:2] for index in range(len(test))]
+        with torch.no_grad():
+            total = sum(policy.logprobs(batch)[0].sum() for batch in pack(documents, device))
+        loss = -summed(total).item() / test.lengths[:, 1].sum().item()
+        print(f"test loss {loss:.3f} nats a token (perplexity {math.exp(loss):.2f})")
     training.finish(policy, tokenizer, "python reward.py", "--init {} --save NAME.pt")
 
 

@@ -18,6 +18,7 @@ makes several passes over the answers.
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,7 @@ class Settings(TrainingSettings):
     minibatch_size: int = flag(16, "answers per optimiser step", least=1, pretrained=64)
     lr: float = flag(3e-4, "peak learning rate", least=0, pretrained=3e-6)
     kl_coefficient: float = flag(0.3, "β: price of a nat of log-ratio to the reference", least=0, pretrained=0.05)
+    matching: float = flag(1.0, "α: above it, the reference has no say (PM-RLHF)", above=0, most=1)
     gamma: float = flag(1.0, "γ: discount per token", least=0, most=1)
     gae_lambda: float = flag(0.95, "λ of generalised advantage estimation", least=0, most=1)
     temperature: float = flag(1.0, "of sampling, and of all log-probs", above=0)
@@ -56,14 +58,19 @@ class Settings(TrainingSettings):
 
 
 def shaped_rewards(
-    logprobs: Tensor, reference_logprobs: Tensor, scores: Tensor, lengths: Tensor, kl_coefficient: float
+    logprobs: Tensor, reference_logprobs: Tensor, scores: Tensor, lengths: Tensor, kl_coefficient: float,
+    matching: float = 1.0,
 ) -> Tensor:
     """Per-token rewards: −β (log π_old − log π_ref), plus the score at the response's last token.
 
     logprobs, reference_logprobs: [B, T], 0 past each response's end; scores, lengths: [B]. Returns [B, T]. Ouyang et
     al. 2022 (arXiv 2203.02155), equation 2, with the KL term spread over the tokens where it arises.
+
+    Where the reference holds a token likelier than α = matching it has no say: the reward is −β log π_old, which pays
+    for entropy alone. Conditional PM-RLHF, Xiao et al. 2024 (arXiv 2405.16455). At α = 1 nothing changes.
     """
-    rewards = -kl_coefficient * (logprobs - reference_logprobs)
+    anchors = reference_logprobs.masked_fill(reference_logprobs > math.log(matching), 0.0)
+    rewards = -kl_coefficient * (logprobs - anchors)
     return rewards.scatter_add(1, lengths[:, None] - 1, scores[:, None])
 
 
@@ -151,9 +158,8 @@ def roll_out(
 def advantages_and_returns(settings: Settings, rollout: Rollout) -> tuple[Tensor, Tensor]:
     """Whitened advantages and returns, both [B, T]. Returns are formed first: the critic learns unwhitened ones."""
     scores = rollout.scores - settings.missing_eos_penalty * ~rollout.ended
-    rewards = shaped_rewards(
-        rollout.logprobs, rollout.reference_logprobs, scores, rollout.lengths, settings.kl_coefficient
-    )
+    prices = settings.kl_coefficient, settings.matching
+    rewards = shaped_rewards(rollout.logprobs, rollout.reference_logprobs, scores, rollout.lengths, *prices)
     advantages = gae(rewards, rollout.values, settings.gamma, settings.gae_lambda)
     returns = advantages + rollout.values
     advantages[rollout.real] = whiten(advantages[rollout.real])

@@ -8,22 +8,29 @@ arXiv 2403.19443):
 
 Wrong labels gather in hard, whose labels the last stage does not use: PPO takes its prompts alone.
 
+With --policy, pairs are made first: of that policy's own answers to each prompt the best, chosen over the worst.
+
     python split.py                      # γ such that half the pairs are easy
     python split.py --threshold 1.0      # γ itself
     python split.py --by random          # the control: two random parts of the same sizes
+    python split.py --policy sft.pt --fraction 1 --easy own.pt --hard none.pt    # own answers, not split
 """
 
+import contextlib
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from model import (
-    CommonSettings, Pairs, UserError, choose_device, flag, load_model, load_pairs, mixed_seed, parse_settings,
-    run_command, say_next,
+    GPT, CommonSettings, DroppedRow, Pairs, UserError, choose_device, flag, generate, gold_reward,
+    load_model, load_pairs, mixed_seed, parse_settings, require_parts, run_command, say_next, settle, write_text,
 )
-from reward import RewardModel, ranking_accuracy, score_pairs
+from reward import RewardModel, ranking_accuracy, score_pairs, wins
 
 
 @dataclass
@@ -38,9 +45,19 @@ class Settings(CommonSettings):
     threshold: float | None = flag(None, "the γ from which a gap counts as easy")
     easy: str = flag("easy.pt", "file for the easy pairs")
     hard: str = flag("hard.pt", "file for the hard pairs")
+    policy: str | None = flag(None, "policy whose own answers take the place of the responses [none]")
+    answers: int = flag(4, "own answers to each prompt", least=1)
+    chosen: Literal["best", "gold", "labelled"] = flag("best", "over the worst own answer; gold: both by gold reward")
+    temperature: float = flag(1.0, "of sampling own answers", above=0)
+    max_new_tokens: int = flag(96, "longest own answer", least=1, pretrained=256)
 
     def __post_init__(self):
         super().__post_init__()
+        for name in ("answers", "chosen", "temperature", "max_new_tokens"):
+            if self.policy is None and getattr(self, name) != getattr(Settings, name):
+                raise UserError(f"--{name.replace('_', '-')}: is about own answers; leave it out, or name a --policy")
+        if self.policy and self.answers == 1 and self.chosen != "labelled":
+            raise UserError(f"--answers 1 --chosen {self.chosen}: a best and a worst need 2; or take --chosen labelled")
         if self.easy == self.hard or "/" in self.easy + self.hard:
             raise UserError(f"--easy {self.easy} --hard {self.hard}: two names are needed; their folder is --out")
 
@@ -60,6 +77,56 @@ def easy_mask(gaps: Tensor, fraction: float, threshold: float | None) -> tuple[T
     return gaps >= threshold, threshold
 
 
+def order_agreement(rewards: Tensor, gold: Tensor, ended: Tensor) -> tuple[float, int]:
+    """How often rewards order two answers to a prompt as gold does, a tie of rewards counting one half, and how many
+    twos that is: of the answers that ended, all whose gold differs. rewards, gold, ended: [n, K]."""
+    better = ended[:, :, None] & ended[:, None] & (gold[:, :, None] > gold[:, None])  # (n, K, K)
+    right = wins(rewards[:, :, None], rewards[:, None])[better]
+    return right.sum().item() / max(1, len(right)), len(right)
+
+
+def own_answers(settings: Settings, pairs: Pairs, model: RewardModel, device: torch.device) -> Pairs:
+    """Scored pairs of --policy's own answers to the prompts of `pairs`; the log's line says what they took. Raises
+    UserError if no prompt's answers make a pair by the rules for all pairs. Expert iteration (Havrilla et al. 2024,
+    arXiv 2403.04642) trains on the best; RLP (Lang et al. 2024, arXiv 2403.19279, equation 1, λ = 0) adds the pairs to
+    the reward model's."""
+    policy, tokenizer = load_model(settings, settings.policy, GPT)
+    settle(settings, policy.config.pretrained)
+    count, prompts, answers = len(pairs), [pairs[index][0] for index in range(len(pairs))], []
+    for number in tqdm(range(settings.answers), desc="answering", leave=False):
+        seed = mixed_seed(settings.seed, 600_000 + number)  # far from the numbers of training steps and of evaluate.py
+        answers += generate(policy, prompts, tokenizer.end, settings.max_new_tokens, settings.temperature, seed)
+    documents = [(*pairs[index][:2], *answers[index::count]) for index in range(count)]  # 1 + K branches
+    rewards, gold = score_pairs(model, documents, device), None  # (n, 1 + K), as ended and gold
+    ended = torch.tensor([bool(answer[-1] == tokenizer.end) for answer in answers])
+    log = {"step": 0, "updates": 0, "generated": sum(map(len, answers)), "ended": ended.double().mean().item()}
+    ended = torch.cat((torch.zeros(count, 1).bool(), ended.view(-1, count).T), 1)  # the data's response is no answer
+    if pairs.gold is not None:
+        asked = [tokenizer.decode(prompt) for prompt in prompts] * settings.answers
+        gold = [gold_reward(prompt, tokenizer.decode(answer)) for prompt, answer in zip(asked, answers, strict=True)]
+        gold = torch.cat((pairs.gold[:, :1], torch.tensor(gold).view(-1, count).T), 1)
+        log["agreement"], twos = order_agreement(rewards, gold, ended)
+        if twos:
+            print(f"the reward model orders {log['agreement']:.1%} of {twos} twos of answers to a prompt as gold does")
+    # Best and worst are the same branch where no two that ended differ in value: both 0, where none did.
+    values, parts, kept = gold if settings.chosen == "gold" else rewards, [], []
+    best, worst = values.masked_fill(~ended, -torch.inf).argmax(1), values.masked_fill(~ended, torch.inf).argmin(1)
+    places = torch.stack((best * (settings.chosen != "labelled"), worst), 1)  # (n, 2)
+    for index, branches in enumerate(places.tolist()):
+        made = documents[index][0], *(documents[index][1 + branch] for branch in branches)
+        with contextlib.suppress(DroppedRow):
+            require_parts(*(tokenizer.decode(part).strip() for part in made))
+            parts += made
+            kept.append(index)
+    print(f"own answers: {log['generated']} tokens, {log['ended']:.1%} ended; {count - len(kept)} prompts make no pair")
+    if not kept:
+        raise UserError(f"--policy {settings.policy}: no prompt has two answers that ended and differ")
+    write_text(Path(settings.out) / Path(settings.easy).with_suffix(".jsonl"), json.dumps(log) + "\n")
+    lengths = torch.tensor([len(part) for part in parts]).view(-1, 3)
+    rewards, gold = (None if known is None else known.gather(1, places)[kept] for known in (rewards, gold))
+    return Pairs(torch.cat(parts).int(), lengths, tokenizer, pairs.source, rewards, gold)
+
+
 def histogram(gaps: Tensor, wrong: Tensor | None, threshold: float) -> str:
     """A text histogram of the gaps [n]; where labels can be checked, the share of wrong ones per bin. The bin in
     which γ lies is marked."""
@@ -71,10 +138,9 @@ def histogram(gaps: Tensor, wrong: Tensor | None, threshold: float) -> str:
     lines = []
     for index, count in enumerate(counts.tolist()):
         start = low + index * width
-        bar = "█" * round(40 * count / counts.max().item())
+        bar = "█" * round(40 * count / counts.max().item()) + (" ← γ" if index == marked else "")
         share = "" if wrong is None or not count else f"{wrong[bins == index].double().mean():5.0%} wrong"
-        mark = " ← γ" if index == marked else ""
-        lines.append(f"  {start:+6.2f} to {start + width:+6.2f} {count:6d} {share:11s} {bar}{mark}")
+        lines.append(f"  {start:+6.2f} to {start + width:+6.2f} {count:6d} {share:11s} {bar}")
     return "\n".join(lines)
 
 
@@ -89,15 +155,21 @@ def describe(name: str, part: Pairs) -> str:
 
 
 def main() -> None:
-    """Scores the pairs, splits them, and reports on both parts."""
+    """Scores the pairs, or a policy's own answers to their prompts, splits them, and reports on both parts."""
     # 1. Settings, pairs, reward model.
     settings = parse_settings(Settings, __doc__)
     device = choose_device(settings)
     pairs = load_pairs(settings, settings.data)
     model, _ = load_model(settings, settings.init, RewardModel)
 
+    if settings.chosen == "gold" and pairs.gold is None:
+        raise UserError(f"--chosen gold: {settings.data} has none; only the toy world knows what is good")
+
     # 2. Score, and split by the gap.
-    pairs.rewards = score_pairs(model, pairs, device)
+    if settings.policy:
+        pairs = own_answers(settings, pairs, model, device)
+    else:
+        pairs.rewards = score_pairs(model, pairs, device)
     gaps = reward_gaps(pairs.rewards, settings.gap)
     easy, threshold = easy_mask(gaps, settings.fraction, settings.threshold)
     wrong = None if pairs.gold is None else pairs.gold[:, 0] < pairs.gold[:, 1]

@@ -8,7 +8,9 @@ side by side. On Ctrl-C or SIGTERM the commands under way save their states; the
 """
 
 import importlib.util
+import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +32,36 @@ sys.path.insert(0, str(ROOT))
 from evaluate import aligned, differences, mean_and_error
 from model import UserError, flag, parse_settings, read_log, run_command, write_text
 
-# Row: the commands that make its policy, which the last of them saves. Equal budgets: DPO takes 64 steps of 64 pairs
-# and PPO 32 of 128 prompts, unless the name says otherwise.
+# Row: the commands that make its policy, which the last of them saves. Equal budgets: DPO takes 64 steps of 64 pairs,
+# over all rounds of a method with rounds, and PPO 32 of 128 prompts, unless the name says otherwise.
 WORLD, REWARD, SPLIT = "model.py --save sft.pt", "reward.py", "split.py"
 DPO, PPO = "dpo.py --steps 64", "ppo.py --steps 32"
 DPO_ALL, DPO_HARD = f"{DPO} --data pairs.pt --save dpo_all.pt", f"{DPO} --data hard.pt --save dpo_hard.pt"
+PPO_ALL = f"{PPO} --init sft.pt --data pairs.pt"
+
+
+def own(policy: str, easy: str, flags: str = "--data pairs.pt") -> str:
+    """The command that makes the pairs file `easy` of a policy's own answers."""
+    return f"split.py --fraction 1 --policy {policy}.pt --easy {easy}.pt --hard {easy}_rest.pt {flags}"
+
+
+OWN, ALL_LABELLED = own("sft", "own"), "--data pairs.pt --chosen labelled --answers 1"
+DEMOS = own("sft", "demos", ALL_LABELLED)
+
+
+def self_play(name: str, loss: str) -> list[str]:
+    """Two rounds of labelled responses against the policy's own."""
+    half, more = f"dpo.py --steps 32 --loss {loss}", own(f"{name}_1", f"demos_{name}", ALL_LABELLED)
+    return [REWARD, DEMOS, f"{half} --data demos.pt --save {name}_1.pt", more,
+            f"{half} --data demos_{name}.pt --init {name}_1.pt --save {name}.pt"]
+
+
+def rewarded(name: str, data: str, *before: str) -> list[str]:
+    """PPO from SFT by a reward model that is trained on pairs of its own, made by the commands `before`."""
+    return [REWARD, *before, f"reward.py --data {data} --save reward_{name}.pt",
+            f"{PPO_ALL} --reward reward_{name}.pt --save ppo_{name}.pt"]
+
+
 STUDY = {
     "SFT": [],
     "DPO on all": [DPO_ALL],
@@ -41,7 +69,7 @@ STUDY = {
     "DPO on hard": [REWARD, SPLIT, DPO_HARD],
     "DPO on all, 256 steps": ["dpo.py --steps 256 --data pairs.pt --save dpo_all_256.pt"],
     "DPO on easy, 256 steps": [REWARD, SPLIT, "dpo.py --steps 256 --save dpo_256.pt"],
-    "PPO from SFT, all": [REWARD, f"{PPO} --init sft.pt --data pairs.pt --save ppo_all.pt"],
+    "PPO from SFT, all": [REWARD, f"{PPO_ALL} --save ppo_all.pt"],
     "PPO from SFT, hard": [REWARD, SPLIT, f"{PPO} --init sft.pt --save ppo_hard.pt"],
     "PPO from DPO on all": [DPO_ALL, REWARD, f"{PPO} --init dpo_all.pt --data pairs.pt --save ppo_dpo_all.pt"],
     "MPO": [REWARD, SPLIT, DPO, PPO],
@@ -52,14 +80,35 @@ STUDY = {
     "MPO, reference SFT": [REWARD, SPLIT, DPO, f"{PPO} --reference sft.pt --save ppo_reference_sft.pt"],
     "PPO from SFT, KL price 0.05": [REWARD, SPLIT, f"{PPO} --init sft.pt --kl-coefficient 0.05 --save ppo_cheap2.pt"],
     "MPO, KL price 0.05": [REWARD, SPLIT, DPO, f"{PPO} --kl-coefficient 0.05 --save ppo_cheap.pt"],
+    # The related systems.
+    "expert iteration": [REWARD, OWN, "model.py --steps 64 --batch-size 64 --init sft.pt --data own.pt --save ei.pt"],
+    "DPO on own answers": [REWARD, OWN, f"{DPO} --data own.pt --save dpo_own.pt"],
+    "DPO on own answers, 2 rounds": [
+        REWARD, OWN, "dpo.py --steps 32 --data own.pt --save dpo_own_1.pt", own("dpo_own_1", "own_2"),
+        "dpo.py --steps 32 --init dpo_own_1.pt --reference sft.pt --data own_2.pt --save dpo_own_2.pt"],
+    "SAIL-DP": [f"{DPO} --data pairs.pt --self-weight 0.3 --save sail.pt"],
+    "IRFT, 2 rounds": self_play("irft", "linear"),
+    "SPIN, 2 rounds": self_play("spin", "sigmoid"),
+    "RFT": rewarded("rft", "demos.pt", DEMOS),
+    "AIHF": rewarded("aihf", "pairs.pt+demos.pt", DEMOS),
+    "RLP": rewarded("rlp", "pairs.pt+own_ppo.pt", f"{PPO_ALL} --save ppo_all.pt", own("ppo_all", "own_ppo")),
+    "RLP, labels by gold": rewarded("rlp_gold", "pairs.pt+own_gold.pt", f"{PPO_ALL} --save ppo_all.pt",
+                                    own("ppo_all", "own_gold", "--data pairs.pt --chosen gold")),
+    "PM-RLHF": [REWARD, f"{PPO_ALL} --matching 0.1 --save ppo_matching.pt"],
+    "MPO, DPO on own answers as PPO": [REWARD, SPLIT, DPO, own("dpo", "own_hard", "--data hard.pt"),
+                                       f"{DPO} --init dpo.pt --data own_hard.pt --save mpo_own.pt"],
 }
+for part in (25, 50, 100):  # ExPO: α in hundredths
+    for row, name in (("DPO on all", "dpo_all"), ("MPO", "ppo")):
+        onward = f"model.py --init {name}.pt --extrapolate sft.pt --alpha {part / 100} --save expo_{name}_{part}.pt"
+        STUDY[f"ExPO on {row}, α {part / 100}"] = [*STUDY[row], onward]
 PPO_ROWS = ["PPO from SFT, hard", "MPO, reference SFT", "MPO", "PPO from SFT, KL price 0.05", "MPO, KL price 0.05"]
 NOISE = [0.0, 0.15, 0.25, 0.4]  # shares of wrong labels
 NOISE_ROWS = ["SFT", "DPO on all", "DPO on easy", "PPO from SFT, all", "MPO", "MPO, random split"]
 SPREAD, ROUGH = "{:.2f} ± {:.2f}", "{:.1f} ± {:.1f}"  # mean and standard error
 COLUMNS = {"gold reward": ("gold_reward", SPREAD), "reward": ("reward", SPREAD),
            "wins vs SFT": ("win_rate_vs_sft", "{:.0%} ± {:.0%}"), "KL from SFT": ("kl", ROUGH),
-           "length": ("length", ROUGH), "ended": ("ended", "{:.1%}"),
+           "length": ("length", ROUGH), "ended": ("ended", "{:.1%}"), "entropy": ("entropy", "{:.2f}"),
            **{name: (name, "{:,.0f}") for name in ("updates", "tokens", "seconds")}}
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 Numbers = dict[str, dict[str, torch.Tensor]]  # row → key → its value for each seed, [seeds]
@@ -86,7 +135,7 @@ class Settings:
 def saved_as(commands: list[str]) -> str:
     """The name, without .pt, that the last of these commands, or else WORLD, saves its checkpoint, log and state by."""
     last = [WORLD, *commands][-1]
-    return (re.search(r"--save (\w+)", last) or re.match(r"(\w+)", last))[1]
+    return (re.search(r"--(?:save|easy) (\w+)", last) or re.match(r"(\w+)", last))[1]
 
 
 class Run:
@@ -133,12 +182,17 @@ def run_folder(run: Run, threads: int, stop: threading.Event, bar: tqdm) -> None
 
 
 def read_row(run: Run, row: str) -> dict[str, float]:
-    """What evaluate.py measured of a row's policy, and the updates, tokens generated by PPO and seconds it took."""
+    """What evaluate.py measured of a row's policy, the entropy a token at the end of its PPO, and the updates, tokens
+    generated by split.py and PPO, and seconds that it took."""
     evaluation = json.loads((run.folder / "study_evaluation.json").read_text("utf-8"))
     steps = [step for command in STUDY[row] for step in read_log(run.folder / f"{saved_as([command])}.jsonl")]
-    tokens = sum(step["tokens_per_second"] * step["seconds"] for step in steps if "updates" in step)  # PPO's steps
+    tokens = sum(step["generated"] if "generated" in step else step["tokens_per_second"] * step["seconds"]
+                 for step in steps if "updates" in step)  # split.py's and PPO's steps
+    last = read_log(run.folder / f"{saved_as(STUDY[row])}.jsonl")[-4:]
+    entropies = [step["entropy"] for step in last if "entropy" in step] or [math.nan]
     took = {"updates": sum(step.get("updates", 1) for step in steps), "tokens": tokens,
-            "seconds": sum(run.record[command]["seconds"] for command in STUDY[row])}
+            "seconds": sum(run.record[command]["seconds"] for command in STUDY[row]),
+            "entropy": sum(entropies) / len(entropies)}
     return evaluation[saved_as(STUDY[row])] | took
 
 
@@ -153,7 +207,7 @@ def read_numbers(runs: list[Run]) -> Numbers:
 
 def study_table(numbers: Numbers) -> str:
     """A row a policy: means over seeds ± standard errors."""
-    rows = [[row, *(form.format(*mean_and_error(values[key])) for key, form in COLUMNS.values())]
+    rows = [[row, *(form.format(*mean_and_error(values[key])).replace("nan", "–") for key, form in COLUMNS.values())]
             for row, values in numbers.items()]
     return aligned([["policy", *COLUMNS], *rows])
 
@@ -196,9 +250,9 @@ def draw_figures(folder: Path, numbers: Numbers, curves: Numbers, noise: dict[fl
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
-    colours = {"SFT": "#7f7f7f", "DPO": "#0072b2", "PPO": "#d55e00", "MPO": "#009e73"}
+    colours = defaultdict(lambda: "#cc79a7", SFT="#7f7f7f", DPO="#0072b2", PPO="#d55e00", MPO="#009e73")
     for axis, key, title in zip(axes, ("gold_reward", "reward"), ("gold reward", "reward model's reward"), strict=True):
-        for (row, values), marker in zip(numbers.items(), "osD^vPX*osD^vPX*", strict=False):
+        for (row, values), marker in zip(numbers.items(), itertools.cycle("osD^vPX*"), strict=False):
             (kl, kl_error), (reward, error) = mean_and_error(values["kl"]), mean_and_error(values[key])
             axis.errorbar(kl, reward, error, kl_error, marker, color=colours[row[:3]], label=row, capsize=2)
         axis.set_xscale("function", functions=(lambda kl: kl.clip(0) ** 0.5, lambda root: root**2))

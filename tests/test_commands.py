@@ -465,6 +465,10 @@ def test_a_bare_name_is_looked_up_in_out_then_here_and_one_with_a_slash_is_a_pat
     "model --kv-heads 3 --heads 4", "model --context 100 --max-response 100", "model --vocabulary 300 --init sft.pt",
     "ppo --temperature 0", "ppo --gamma 1.1", "ppo --max-new-tokens 0", "ppo --max-new-tokens 320",
     "evaluate --policies", "evaluate --judge http://localhost", "evaluate --export sft.pt",
+    "dpo --self-weight 1 --loss ipo", "dpo --self-weight 1 --loss linear", "dpo --label-smoothing 0.1 --loss linear",
+    "split --answers 3", "split --chosen labelled", "split --temperature 0.5", "split --max-new-tokens 9",
+    "split --answers 1 --policy sft.pt", "model --save a.pt --data easy.pt", "model --save a.pt --extrapolate dpo.pt",
+    "model --save sft.pt --data easy.pt --init dpo.pt", "model --save dpo.pt --extrapolate sft.pt --init dpo.pt",
 ])
 def test_a_wrong_flag_is_named(out, monkeypatch, flags):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

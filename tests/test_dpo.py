@@ -8,7 +8,7 @@ from conftest import CPU, TINY, plain_logprobs, write
 
 import dpo
 from dpo import dpo_loss, pair_logprobs
-from model import GPT, UserError, load_model, pack
+from model import GPT, load_model, pack
 
 LN = {number: math.log(number) for number in (2, 3, 4)}
 
@@ -27,34 +27,21 @@ def packed_sides(policy, documents, mean=False):
     return result
 
 
-@pytest.mark.parametrize("margin, beta, options, loss", [
-    (0.0, 0.1, (), LN[2]), (0.0, 0.1, ("sigmoid", 0.3), LN[2]),  # at log-ratios of 0, smoothed or not
-    (2 * LN[3], 0.5, (), LN[4] - LN[3]), (-2 * LN[3], 0.5, (), LN[4]),  # σ(ln 3) = 3/4, σ(−ln 3) = 1/4
-    (2 * LN[3], 0.5, ("sigmoid", 0.25), LN[4] - 0.75 * LN[3]),  # 3/4 ln 4/3 + 1/4 ln 4
-    (5.0, 0.25, ("ipo",), 9.0), (-1.0, 0.25, ("ipo",), 9.0), (2.0, 0.25, ("ipo",), 0.0),  # m should be 1 / (2 β) = 2
+@pytest.mark.parametrize("margin, beta, options, loss, slope", [
+    (0.0, 0.1, (), LN[2], -0.05), (0.0, 0.1, ("sigmoid", 0.3), LN[2], -0.02),  # at log-ratios of 0, smoothed or not
+    (2 * LN[3], 0.5, (), LN[4] - LN[3], -0.125), (-2 * LN[3], 0.5, (), LN[4], -0.375),  # σ(±ln 3) = 3/4 and 1/4
+    (2 * LN[3], 0.5, ("sigmoid", 0.25), LN[4] - 0.75 * LN[3], 0.0),  # 3/4 ln 4/3 + 1/4 ln 4, the least there is
+    (5.0, 0.25, ("ipo",), 9.0, 6.0), (-1.0, 0.25, ("ipo",), 9.0, -6.0),  # m should be 1 / (2 β) = 2
+    (0.0, 0.1, ("linear",), 0.0, -0.1), (3.0, 0.25, ("linear",), -0.75, -0.25),  # IRFT: first, twice DPO's slope
+    (0.0, 0.1, ("sigmoid", 0.0, 0.5), 1.5 * LN[2], -0.05),  # SAIL-DP; at z = 1, −ln σ + H and σ − 1 − σ (1 − σ):
+    (2.0, 0.5, ("sigmoid", 0.0, 1.0), 0.313262 + 0.582203, (-0.268941 - 0.196612) / 2),
 ])
-def test_loss_by_hand(margin, beta, options, loss):
+def test_loss_and_slope_by_hand(margin, beta, options, loss, slope):
     """Only the margin counts: chosen and rejected log-ratios may both be higher by 1."""
-    found = dpo_loss(torch.tensor([margin + 1.0]), torch.tensor([1.0]), beta, *options)
-    assert found.item() == pytest.approx(loss, abs=2e-6)
-
-
-@pytest.mark.parametrize("kind, smoothing", [("sigmoid", 0.0), ("sigmoid", 0.1), ("ipo", 0.0)])
-def test_loss_and_gradient_equal_the_formula_in_float64(kind, smoothing):
-    torch.manual_seed(0)
-    logratios, beta = torch.randn(2, 40) * 10, 0.1
-    ours, exact = logratios.clone().requires_grad_(), logratios.double().requires_grad_()
-    margin = exact[0] - exact[1]
-    if kind == "ipo":
-        expected = margin**2 - margin / beta + 1 / (4 * beta**2)
-    else:
-        right = 1 / (1 + (-beta * margin).exp())
-        expected = -(1 - smoothing) * right.log() - smoothing * (1 - right).log()
-    losses = dpo_loss(ours[0], ours[1], beta, kind, smoothing)
-    torch.testing.assert_close(losses.double(), expected, rtol=1e-4, atol=1e-5)
-    losses.sum().backward()
-    expected.sum().backward()
-    torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
+    chosen = torch.tensor([margin + 1.0], requires_grad=True)
+    found = dpo_loss(chosen, torch.tensor([1.0]), beta, *options)
+    found.backward()
+    assert (found.item(), chosen.grad.item()) == pytest.approx((loss, slope), abs=2e-6)
 
 
 @torch.no_grad()
@@ -64,17 +51,20 @@ def test_pair_logprobs_equal_the_sums_or_means_of_plain_sequences(policy, docume
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("flags", ["--label-smoothing 0.2 --beta 0.3", "--loss ipo --beta 0.3"])
+@pytest.mark.parametrize("flags", [
+    "--label-smoothing 0.2 --self-weight 0.5 --reference sft.pt --beta 0.3", "--loss ipo --beta 0.3",
+])
 def test_the_command_equals_a_plain_loop(run, monkeypatch, tmp_path, policy, documents, flags):
     """Three steps on all nine pairs, each in several passes: every logged number, and the weights that are saved. The
     files that the default names would find are others."""
     mean, beta = "ipo" in flags, 0.3
     torch.manual_seed(7)
-    write(tmp_path, mine=documents, start=policy, easy=documents[:3], sft=GPT(TINY))
+    other = GPT(TINY)
+    write(tmp_path, mine=documents, start=policy, easy=documents[:3], sft=other)
     monkeypatch.setattr(dpo, "pack", lambda some, device: pack(some, device, 150))
     assert len(list(pack(documents, CPU, 150))) > 1
     flags += " --data mine.pt --init start.pt --batch-size 9 --steps 3 --lr 1e-3 --warmup 0 --decay constant"
-    log, reference = run(dpo, flags), plain_sides(policy, documents, mean).detach()
+    log, reference = run(dpo, flags), plain_sides(other if "--reference" in flags else policy, documents, mean).detach()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     assert len(log) == 3
     for line in log:
@@ -82,7 +72,8 @@ def test_the_command_equals_a_plain_loop(run, monkeypatch, tmp_path, policy, doc
         rewards = beta * (logprobs - reference)
         margins = rewards[:, 0] - rewards[:, 1]
         likely = margins.sigmoid()
-        losses = (margins / beta - 1 / (2 * beta)) ** 2 if mean else -0.8 * likely.log() - 0.2 * (1 - likely).log()
+        losses = -(0.8 + 0.5 * likely) * likely.log() - (0.2 + 0.5 * (1 - likely)) * (1 - likely).log()
+        losses = (margins / beta - 1 / (2 * beta)) ** 2 if mean else losses
         losses.mean().backward()
         expected = {"loss": losses.mean(), "margin": margins.mean(), "accuracy": (margins > 0).float().mean()}
         for side, name in enumerate(("chosen", "rejected")):
@@ -101,7 +92,7 @@ def test_the_command_equals_a_plain_loop(run, monkeypatch, tmp_path, policy, doc
 
 @pytest.mark.parametrize("flags, start, near", [
     ("--dtype fp32", LN[2], 1e-5), ("--dtype bf16", LN[2], 0.1), ("--grad-checkpoint", LN[2], 1e-5),
-    ("--loss ipo", 25.0, 1e-5),  # (1 / (2 β))²
+    ("--loss ipo", 25.0, 1e-5), ("--loss linear", 0.0, 1e-5),  # (1 / (2 β))²; −β m
 ])
 def test_at_learning_rate_0_every_pair_is_compared_with_its_own_reference(
     run, tmp_path, policy, documents, flags, start, near
@@ -131,8 +122,3 @@ def test_the_reference_is_read_in_the_batches_of_the_first_pass_and_only_for_pai
     monkeypatch.setattr(dpo, "pack", lambda some, device: seen.append(len(some)) or pack(some, device))
     (line,) = run(dpo, "--batch-size 4 --steps 1 --seed 3")
     assert (seen, line["margin"], line["chosen_rewards"]) == ([4, 4], 0.0, 0.0)
-
-
-def test_ipo_has_no_label_smoothing():
-    with pytest.raises(UserError, match="--label-smoothing"):
-        dpo.Settings(loss="ipo", label_smoothing=0.1)

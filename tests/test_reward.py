@@ -38,6 +38,8 @@ def test_score_is_the_same_among_strangers_alone_and_with_its_sibling(reward_mod
     swapped = [(prompt, rejected, chosen) for prompt, chosen, rejected in documents]
     alone = [(prompt, side) for prompt, *sides in documents for side in sides]
     alone = torch.cat([reward_model.score(batch) for one in alone for batch in pack([one], CPU)]).view(9, 2)
+    more = [(*document, document[1]) for document in documents]  # any number of branches
+    torch.testing.assert_close(score_pairs(reward_model, more, CPU), expected[:, [0, 1, 0]], rtol=1e-4, atol=1e-5)
     for scores in (score_pairs(reward_model, make_pairs(documents), CPU), alone,
                    score_pairs(reward_model, make_pairs(swapped), CPU).flip(1)):
         torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
@@ -89,7 +91,7 @@ def test_calibration_by_hand(odds, table):
 
 # ---- The command ----
 
-FILES = "--data mine.pt --test held.pt --init start.pt --batch-size 9 --warmup 0 --decay constant "
+FILES = "--data mine.pt+more.pt --test held.pt --init start.pt --batch-size 9 --warmup 0 --decay constant "
 
 
 def saved_model(folder):
@@ -101,7 +103,8 @@ def test_the_command_equals_a_plain_loop(run, monkeypatch, tmp_path, capsys, pol
     model that is saved, its mean and the report. The files that the default names would find are others."""
     prompt, chosen, rejected = documents[0]
     held = [(prompt, rejected, chosen), *documents[1:4]]  # the first with its label the wrong way round
-    write(tmp_path, pairs=documents[:4], test=documents[:4], sft=GPT(TINY), mine=documents, held=held, start=policy)
+    files = {"mine": documents[:3], "more": documents[3:], "held": held, "start": policy}  # AIHF: both in one loss
+    write(tmp_path, pairs=documents[:4], test=documents[:4], sft=GPT(TINY), **files)
     monkeypatch.setattr(reward, "pack", lambda some, device: pack(some, device, 150))
     assert len(list(pack(documents, CPU, 150))) > 1
     run(reward, FILES + "--lr 0 --steps 1")
@@ -134,7 +137,7 @@ def test_the_command_equals_a_plain_loop(run, monkeypatch, tmp_path, capsys, pol
 
 
 def test_the_seed_makes_the_head(run, tmp_path, policy, documents):
-    write(tmp_path, mine=documents, held=documents, start=policy)
+    write(tmp_path, mine=documents, more=documents, held=documents, start=policy)
     heads = []
     for seed in "335":
         torch.manual_seed(len(heads))

@@ -5,19 +5,12 @@ import re
 
 import pytest
 import torch
-from conftest import make_pairs, write
+from conftest import TINY, make_pairs, plain_logprobs, write
 
+import model
 import split
-from model import UserError
-from split import describe, easy_mask, histogram, reward_gaps
-
-
-def test_a_pair_ranked_against_its_label_is_hard_by_signed_gap_and_easy_by_absolute_gap():
-    rewards = torch.tensor([[2.0, 0.0], [0.0, 3.0], [0.5, 0.0]])
-    signed, absolute = reward_gaps(rewards, "signed"), reward_gaps(rewards, "absolute")
-    assert (signed.tolist(), absolute.tolist()) == ([2.0, -3.0, 0.5], [2.0, 3.0, 0.5])
-    assert easy_mask(signed, 0.5, 1.0)[0].tolist() == [True, False, False]
-    assert easy_mask(absolute, 0.5, 1.0)[0].tolist() == [True, True, False]
+from model import GPT, CommonSettings, UserError, load_model, load_pairs, mixed_seed, read_log, train_tokenizer
+from split import describe, easy_mask, histogram
 
 
 @pytest.mark.parametrize("fraction, threshold, easy, gamma", [
@@ -31,15 +24,6 @@ def test_a_pair_ranked_against_its_label_is_hard_by_signed_gap_and_easy_by_absol
 def test_easy_pairs_by_hand(fraction, threshold, easy, gamma):
     found, at = easy_mask(torch.tensor([1.0, 0.0, 2.0, 1.0]), fraction, threshold)
     assert (found.tolist(), at) == (easy, gamma)
-
-
-def test_a_fraction_takes_the_largest_gaps():
-    gaps = torch.randn(40, generator=torch.Generator().manual_seed(0))
-    for count in range(1, 41):
-        easy, gamma = easy_mask(gaps, count / 40, None)
-        best = sorted(range(40), key=lambda index: -gaps[index])[:count]
-        assert easy.nonzero()[:, 0].tolist() == sorted(best)
-        assert gamma == gaps[best[-1]].item()
 
 
 def histogram_counts(text):
@@ -148,3 +132,108 @@ def test_the_parts_are_two_files_in_the_folder(divide, tmp_path, names):
     with pytest.raises(UserError, match=r"same\.pt"):
         divide(names)
     assert not list(tmp_path.rglob("same.pt"))
+
+
+# ---- Own answers, joined files, and what is trained on them ----
+
+LETTERS = train_tokenizer([], 257)
+ANSWERS = [  # to five prompts: three texts, of which those with … did not end, and their rewards
+    ([" Sand the chair first.", " What a stupid question.", " Happy to help! …"], [1.0, 2.0, 3.0]),
+    ([" Happy to help!", " Happy to help!", " Happy to help!"], [1.0, 2.0, 3.0]),
+    ([" Happy to help!", " What a stupid question. …", " Anyway. …"], [1.0, 2.0, 3.0]),
+    ([" Happy to help!", "", " Great question!"], [2.0, 1.0, 2.0]),
+    ([" Carry the chair slowly.", " Anyway.", " Drink more water."], [2.0, 2.0, 2.0]),
+]
+
+
+def ids(text):
+    return torch.tensor(LETTERS.encode(text.rstrip("…")) + [LETTERS.end] * (not text.endswith("…")))
+
+
+@pytest.mark.parametrize("chosen, texts, gold", [
+    ("best", [(" What a stupid question.", " Sand the chair first.")], [[-1.0, 1.0]]),
+    ("gold", [(ANSWERS[0][0][0], " What a stupid question."), (ANSWERS[4][0][0], " Drink more water.")],
+     [[1.0, -1.0], [1.0, -0.5]]),
+    ("labelled", [(" Well.", ANSWERS[number][0][0]) for number in (0, 1, 2, 4)],
+     [[-0.25, 1.0], [-0.25, 0.5], [-0.25, 0.5], [-0.25, 1.0]]),
+])
+def test_own_answers_by_hand(run, monkeypatch, tmp_path, capsys, policy, reward_model, chosen, texts, gold):
+    """What makes no pair: equal texts, a lone one, an empty one, equal rewards or gold. Twos that differ by gold: one
+    of the first prompt, ordered wrongly; two of the fourth, rightly; three of the last, ties, each ½: 3.5 of 6."""
+    prompts = [ids(f"\n\nHuman: How do I {task} my old chair?\n\nAssistant:…") for task in ["paint"] * 4 + ["move"]]
+    pairs = make_pairs([(prompt, ids(" Well."), ids(" Boil.")) for prompt in prompts], LETTERS, "toy")
+    pairs.gold, calls, scored = torch.tensor([[-0.25, 0.0]] * 5), [], []
+
+    def generate(policy, prompts, *more):
+        calls.append(more)
+        return [ids(some[len(calls) - 1]) for some, _ in ANSWERS]
+
+    def score(model, documents, device):
+        scored.extend(documents)
+        return torch.tensor([[9.0, *some] for _, some in ANSWERS])
+
+    write(tmp_path, LETTERS, mine=pairs, start=policy, reward=reward_model)
+    monkeypatch.setattr(split, "generate", generate)
+    monkeypatch.setattr(split, "score_pairs", score)
+    flags = "--data mine.pt --policy start.pt --answers 3 --temperature 0.5 --seed 7 --fraction 1 --chosen"
+    run(split, flags, chosen)
+    assert calls == [(LETTERS.end, 96, 0.5, mixed_seed(7, 600_000 + number)) for number in range(3)]
+    for prompt, document, (some, _) in zip(prompts, scored, ANSWERS, strict=True):
+        expected = [prompt, ids(" Well."), *map(ids, some)]
+        assert [part.tolist() for part in document] == [part.tolist() for part in expected]
+    found, printed = load_pairs(CommonSettings(out=str(tmp_path)), "easy.pt"), capsys.readouterr().out
+    assert [tuple(LETTERS.decode(part) for part in found[index][1:]) for index in range(len(found))] == texts
+    assert (found.gold.tolist(), found.source) == (gold, "toy")
+    assert found.rewards[0].tolist() == {"best": [2, 1], "gold": [1, 2], "labelled": [9, 1]}[chosen]
+    assert "58.3% of 6 twos" in printed and f"80.0% ended; {5 - len(texts)} prompts make no pair" in printed
+    assert read_log(tmp_path / "easy.jsonl")[0]["generated"] == sum(len(ids(t)) for some, _ in ANSWERS for t in some)
+
+
+@pytest.mark.parametrize("flags", ["--chosen gold", "--max-new-tokens 1"])  # no gold is known; no answer ends
+def test_answers_that_make_no_pair_leave_no_file(run, tmp_path, policy, reward_model, documents, flags):
+    write(tmp_path, pairs=documents, sft=policy, reward=reward_model)
+    with pytest.raises(UserError, match="--chosen gold" if "gold" in flags else "--policy sft.pt"):
+        run(split, f"--policy sft.pt {flags}")
+    assert not (tmp_path / "easy.pt").exists()
+
+
+def test_joined_files_keep_what_all_of_them_have_and_go_back_to_the_same_data(tmp_path, documents):
+    one, two = (make_pairs(documents[at : at + 2], gold=torch.full((2, 2), float(at))) for at in (0, 2))
+    one.rewards = one.gold
+    write(tmp_path, one=one, two=two)
+    joined = load_pairs(CommonSettings(out=str(tmp_path)), "one.pt+two.pt+one.pt")
+    assert (joined.gold[:, 1].tolist(), joined.rewards) == ([0, 0, 2, 2, 0, 0], None)
+    settings = CommonSettings(out=str(tmp_path))
+    settings.origin = "another", "run"
+    two.save(settings, "two.pt")
+    with pytest.raises(UserError, match=r"two\.pt: goes back to other data than one\.pt"):
+        load_pairs(CommonSettings(out=str(tmp_path)), "one.pt+two.pt")
+
+
+def test_sft_on_a_pairs_file_starts_at_sfts_loss_and_leaves_the_data_alone(run, tmp_path, capsys, policy, documents):
+    """A mean over the tokens of chosen responses; the test loss too, where there is a test.pt."""
+    write(tmp_path, mine=documents, test=documents[:2], pairs=documents[:2], sft=policy)
+    files, flags = [tmp_path / name for name in ("pairs.pt", "test.pt", "sft.pt")], "--lr 0 --batch-size 9 --steps 1"
+    before = [file.read_bytes() for file in files]
+    (line,) = run(model, f"--data mine.pt --init sft.pt --save model.pt {flags}")
+    logprobs = [plain_logprobs(policy, prompt, chosen) for prompt, chosen, _ in documents]
+    assert line["loss"] == pytest.approx(-torch.cat(logprobs).mean().item(), rel=1e-4)
+    read = sum(len(prompt) + len(chosen) for prompt, chosen, _ in documents)
+    assert line["tokens_per_second"] * line["seconds"] == pytest.approx(read)
+    assert f"test loss {-torch.cat(logprobs[:2]).mean().item():.3f} " in capsys.readouterr().out
+    assert before == [file.read_bytes() for file in files]
+    files[1].unlink()
+    run(model, f"--data mine.pt --init sft.pt --save model.pt {flags}")
+    assert "test loss" not in capsys.readouterr().out and not files[1].exists()
+
+
+@pytest.mark.parametrize("alpha, weight", [(0.0, 0.3), (-1.0, 0.1), (0.5, 0.4)])
+def test_extrapolation_by_hand(run, tmp_path, policy, alpha, weight):
+    """0.3 + 0.5 (0.3 − 0.1); to the last digit at 0, where it is θ, and at −1, where it is θ_SFT."""
+    other = GPT(TINY)
+    torch.nn.init.constant_(policy.embedding.weight, 0.3)
+    torch.nn.init.constant_(other.embedding.weight, 0.1)
+    write(tmp_path, dpo=policy, start=other)
+    run(model, f"--init dpo.pt --extrapolate start.pt --alpha {alpha} --save expo.pt")
+    weights = load_model(CommonSettings(out=str(tmp_path), device="cpu"), "expo.pt", GPT)[0].embedding.weight
+    assert torch.allclose(weights, torch.tensor(weight), atol=1e-6 if alpha == 0.5 else 0.0, rtol=0.0)

@@ -85,12 +85,14 @@ def test_commands_read_what_was_written_before_and_have_equal_budgets_but_where_
             monkeypatch.setattr(sys, "argv", command.split())
             one = parse_settings(importlib.import_module(sys.argv[0].removesuffix(".py")).Settings, "")
             settle(one, pretrained=False)
-            assert {getattr(one, name, None) for name in ("data", "init", "reward", "reference")} - {None} <= written
+            read = {getattr(one, name, None) for name in ("init", "reward", "reference", "policy", "extrapolate")}
+            assert read | {*one.data.split("+")} - {"toy"} <= written | {None}
             saved = {one.easy, one.hard} if command.startswith("split.py") else {one.save, f"{saved_as([command])}.pt"}
             assert all(makers.setdefault(name, command) == command for name in saved)
             written |= saved
             if command.startswith("dpo.py"):
-                budgets.add((one.steps // (4 if "256" in row else 1), one.batch_size, one.lr, one.beta))
+                steps = one.steps * (2 if "2 rounds" in row else 1) // (4 if "256" in row else 1)
+                budgets.add((steps, one.batch_size, one.lr, one.beta))
             if command.startswith("ppo.py"):
                 price = one.kl_coefficient * (6 if "KL price 0.05" in row else 1)
                 budgets.add((one.steps, one.batch_size, one.ppo_epochs, one.lr, round(price, 9)))

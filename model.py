@@ -17,6 +17,7 @@ import argparse
 import atexit
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -60,6 +61,20 @@ from tqdm import tqdm
 
 class UserError(Exception):
     """A mistake that the user can mend. Shown as one line on stderr; the exit code is 2."""
+
+
+REMEDIES = {  # for errors that are the machine's: what one of them says, and what its user is told
+    r"MemoryError|[Oo]ut of memory|not enough memory|t allocate memory|ALLOC_FAILED":
+        "out of memory; --grad-checkpoint, --dtype bf16, fewer --max-new-tokens, a smaller model, or torchrun on more GPUs "
+        "need less; a smaller --batch-size only once a batch is less than one pass",
+    r"No working C\+\+ compiler|Failed to find C compiler":
+        "torch.compile finds no C++ compiler; install one, such as g++, or on a CPU leave out --compile",
+}
+
+
+def remedy(error: Exception) -> str | None:
+    """What to do about an error that is the machine's; None for all others."""
+    return next((advice for pattern, advice in REMEDIES.items() if re.search(pattern, repr(error))), None)
 
 
 def flag(default, text: str, *, least=-math.inf, above=-math.inf, most=sys.float_info.max, pretrained=None, **options):
@@ -118,7 +133,13 @@ def parse_settings(settings_class, description: str):
             default = f" [{about['default']}, pretrained {about['pretrained']}]"
         options |= {"help": (about["help"] + default).replace("%", "%%"), "default": argparse.SUPPRESS}
         parser.add_argument("--" + field.name.replace("_", "-"), **options | about["options"])
-    return settings_class(**vars(parser.parse_args()))
+    words = []
+    for word in sys.argv[1:]:
+        if words and re.match(r"-(\.?\d|inf|nan)", word, re.IGNORECASE):
+            words[-1] += "=" + word  # else argparse takes -1e-1 for a flag
+        else:
+            words.append(word)
+    return settings_class(**vars(parser.parse_args(words)))
 
 
 def settle(settings, pretrained: bool) -> None:
@@ -1186,11 +1207,12 @@ def find_file(settings: CommonSettings, name: str) -> Path:
     raise UserError(f"{places[0]}: no such file; {remedy}")
 
 
-def write_file(path: Path, write: Callable) -> None:
-    """Calls `write` on a binary file beside `path`, which then takes its place, so that `path` is complete at every
-    moment. Raises UserError if that fails; what was there is unchanged. Of several processes the first one writes."""
+def write_file(path: Path, content: str | Callable) -> None:
+    """Writes a text, or what `content` writes to a binary file, beside `path`, and then in its place, so that `path` is
+    complete at every moment. Raises UserError if that fails. Of several processes the first one writes."""
     if processes()[0] > 0:
         return
+    write = content if callable(content) else lambda file: file.write(content.encode())
     beside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1209,11 +1231,6 @@ def write_file(path: Path, write: Callable) -> None:
             beside.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file as write_file does."""
-    write_file(path, lambda file: file.write(text.encode()))
-
-
 class DroppedRow(Exception):
     """A row of data that makes no pair; the text says why."""
 
@@ -1225,9 +1242,9 @@ def reading(what: Path | str, complaint: str = "damaged, or not what is needed h
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except (UserError, DroppedRow):
-        raise
     except Exception as error:
+        if isinstance(error, (UserError, DroppedRow)) or remedy(error):
+            raise
         said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise UserError(f"{what}: {complaint} ({said})") from error
 
@@ -1512,9 +1529,9 @@ def shard(model: nn.Module, blocks: nn.ModuleList, device: torch.device) -> nn.M
 
 
 def run_command(main: Callable) -> None:
-    """Runs a stage's `main`; a user's mistake becomes one line on stderr and exit code 2. Of the processes that
-    torchrun starts, the first one speaks for all."""
-    for stream in (sys.stdout, sys.stderr):
+    """Runs a stage's `main`; what the user or the machine is to blame for becomes one line on stderr and exit code 2.
+    Of the processes that torchrun starts, the first one speaks for all."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that has no γ shows a question mark
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
@@ -1531,13 +1548,16 @@ def run_command(main: Callable) -> None:
             main()
             if dist.is_initialized():
                 dist.barrier()  # a process that leaves early breaks the connection of those that still talk
-    except (UserError, OSError) as error:  # OSError: a disk that fills up or a folder that vanishes on the way
-        if processes()[0] == 0:
-            print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        advice = remedy(error)
+        if not advice and not isinstance(error, (UserError, OSError)):  # OSError: a disk that fills up on the way, say
+            raise
+        if advice or processes()[0] == 0:  # memory may run out in one process alone
+            print(f"{Path(sys.argv[0]).name}: {' '.join((advice or str(error)).splitlines())}", file=sys.stderr)
+        sys.exit(2)
 
 
 # ---- The training loop ----
@@ -1599,39 +1619,55 @@ class Training:
         self.settings, self.examples, self.model = settings, examples, model
         self.optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=eps, weight_decay=0.0, fused=True)
         self.step, self.steps, self.stopping = 0, count_steps(settings, examples), False
-        self.flags = {name: value for name, value in vars(settings).items()  # those that a result depends on
-                      if name not in ("out", "resume", "save_every", "origin", "read")} | settings.read
         path = Path(settings.out) / settings.save
         self.log_path, self.state_path = path.with_suffix(".jsonl"), path.with_suffix(".state.pt")
-        if settings.resume != self.state_path.exists():
-            raise UserError(f"{self.state_path}: " + (
-                "no such file, so there is nothing to --resume" if settings.resume else
-                "a run was stopped; --resume goes on, or delete this to start anew"))
+        # What a result depends on, by the names that the user knows: flags, and files with their ids.
+        without = ("out", "resume", "save_every", "origin", "read")
+        flags = {name: value for name, value in vars(settings).items() if name not in without}
+        self.made_from = {f"--{name.replace('_', '-')}": value for name, value in flags.items()} | settings.read
+        if settings.resume and not self.state_path.exists():
+            raise UserError(f"{self.state_path}: no such file, so there is nothing to --resume")
+        if processes()[0] == 0:
+            self.lock_log()
         if settings.resume:
             self.load_state()
-        log = read_log(self.log_path)[: self.step]
-        write_text(self.log_path, "".join(json.dumps(record) + "\n" for record in log))
+        elif self.state_path.exists():
+            raise UserError(f"{self.state_path}: a run was stopped; --resume goes on, or delete this to start anew")
+        self.write_log(read_log(self.log_path)[: self.step], "w")
+
+    def lock_log(self) -> None:
+        """Locks the log until this process ends, so that no second run writes the same files."""
+        with reading(self.log_path, "cannot be written"):
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            self.locked = self.log_path.open("a")
+        try:
+            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if isinstance(error, BlockingIOError):  # else the file system has no locks
+                raise UserError(f"{self.log_path}: another run writes it; wait, or choose another --save") from error
+
+    def write_log(self, records: list[dict], mode: str = "a") -> None:
+        """Appends records to the log, a line each. By its name, not where it was opened: a folder may vanish."""
+        if processes()[0] == 0:
+            with reading(self.log_path, "cannot be written"), self.log_path.open(mode) as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
 
     def save_state(self) -> None:
         """Writes all that --resume needs."""
         model, optimizer = dcp.get_state_dict(self.model, self.optimizer, options=ON_RANK_0)
-        content = {"step": self.step, "flags": self.flags, "model": model, "optimizer": optimizer}
+        content = {"step": self.step, "made_from": self.made_from, "model": model, "optimizer": optimizer}
         save(self.settings, self.state_path.name, "resume state", **content)
 
     def load_state(self) -> None:
         """Reads what save_state wrote. Raises UserError if it is another run's."""
-        files = list(self.settings.read)
         state = load(self.settings, str(self.state_path.resolve()), "resume state")
         with reading(self.state_path):
-            for name, value in self.flags.items():
-                had = state["flags"].get(name)
-                if had != value and name in files:
-                    raise UserError(f"--resume: {name} is not the file that the saved run read")
+            for name, value in self.made_from.items():
+                had = state["made_from"].get(name)
                 if had != value:
-                    raise UserError(f"--resume: --{name.replace('_', '-')} is {value}, but the saved run had {had}")
-            weights, moments = state["model"], state["optimizer"]
-            dcp.set_state_dict(self.model, self.optimizer, model_state_dict=weights, optim_state_dict=moments,
-                               options=UNSHARDED)
+                    raise UserError(f"--resume: {name} is not what the saved run had: {value} now, {had} then")
+            dcp.set_state_dict(self.model, self.optimizer, model_state_dict=state["model"],
+                               optim_state_dict=state["optimizer"], options=UNSHARDED)
             self.step = state["step"]
 
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
@@ -1658,9 +1694,8 @@ class Training:
 
     def ask_to_stop(self, number, frame) -> None:
         """First Ctrl-C: stop after this step. Second: at once."""
-        if self.stopping:
-            raise KeyboardInterrupt
         self.stopping = True
+        signal.signal(number, signal.default_int_handler)
 
     @property
     def lr(self) -> float:
@@ -1669,7 +1704,7 @@ class Training:
         rising, falling = (self.step + 1) / warmup, (self.steps - self.step) / max(1, self.steps - warmup)
         return self.settings.lr * min(1.0, rising, falling if self.settings.decay == "linear" else 1.0)
 
-    def update(self) -> float:
+    def optimize(self) -> float:
         """Clips the gradients and takes one optimiser step. Returns the gradient's norm before clipping. Raises
         UserError if that is not finite; a loss that is not finite makes it so."""
         (group,) = self.optimizer.param_groups
@@ -1697,25 +1732,18 @@ class Training:
             peak = torch.cuda.max_memory_allocated() / 2**20
         else:  # kilobytes, but bytes on macOS
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-        speed = {"tokens_per_second": tokens / seconds, f"{unit}_per_second": units / seconds}
-        record = {"step": self.step, **metrics, "lr": self.lr, "seconds": seconds, **speed, "peak_memory_mb": peak}
-        if processes()[0] == 0:
-            with reading(self.log_path, "cannot be written"), self.log_path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+        costs = {"seconds": seconds, "tokens_per_second": tokens / seconds, f"{unit}_per_second": units / seconds}
+        self.write_log([{"step": self.step, **metrics, "lr": self.lr, **costs, "peak_memory_mb": peak}])
         self.bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown}, refresh=False)
 
-    def finish(self, model: nn.Module, tokenizer: Tokenizer, next_command: str, flags: str) -> None:
-        """Saves the trained model, drops the resume state, and says which command comes next."""
-        save_model(self.settings, model, tokenizer)
-        if processes()[0] == 0:
-            self.state_path.unlink(missing_ok=True)
-        say_next(self.settings, ["save"], next_command, flags)
 
-
-def say_next(settings: CommonSettings, fields: list[str], command: str, flags: str) -> None:
-    """The last line of every stage: what was written, to the names in these `fields` of the settings, and what to run
-    next. If the first name is not the default, that command needs `flags`, in which the name takes the place of {}."""
+def finish(settings: CommonSettings, fields: list[str], command: str, flags: str) -> None:
+    """The end of every stage. A finished run needs no resume state any more. Says what was written, to the names in
+    these `fields` of the settings, and what to run next; if the first name is not the default, that needs `flags`, in
+    which the name takes the place of {}."""
     names = [getattr(settings, field) for field in fields]
+    if processes()[0] == 0:
+        (Path(settings.out) / names[0]).with_suffix(".state.pt").unlink(missing_ok=True)
     if names[0] != getattr(type(settings), fields[0]):
         command += " " + flags.format(shlex.quote(names[0]))
     if settings.out != "out":
@@ -1802,9 +1830,11 @@ def main() -> None:
             batch_loss = -logprobs.sum() / tokens
             batch_loss.backward()
             loss += batch_loss.detach()
-        grad_norm = training.update()
+        grad_norm = training.optimize()
         tokens_read = sum(len(prompt) + len(response) for prompt, response in documents)
         training.log(("loss",), "pairs", len(documents), tokens_read, loss=summed(loss).item(), grad_norm=grad_norm)
+
+    save_model(settings, policy, tokenizer)
 
     # 4. How well it predicts held-back responses.
     documents = [test[index][:2] for index in range(len(test))]
@@ -1812,7 +1842,7 @@ def main() -> None:
         total = sum(policy.logprobs(batch)[0].sum() for batch in pack(documents, device))
     loss = -summed(total).item() / test.lengths[:, 1].sum().item()
     print(f"test loss {loss:.3f} nats a token (perplexity {math.exp(loss):.2f})")
-    training.finish(policy, tokenizer, "python reward.py", "--init {} --save NAME.pt")
+    finish(settings, ["save"], "python reward.py", "--init {} --save NAME.pt")
 
 
 if __name__ == "__main__":

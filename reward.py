@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from model import (
-    GPT, Packed, Pairs, Training, TrainingSettings, UserError, choose_device, flag, load_model, load_pairs, mixed_seed,
-    pack, parse_settings, prepare_model, run_command, settle, summed,
+    GPT, Packed, Pairs, Training, TrainingSettings, UserError, choose_device, finish, flag, load_model, load_pairs,
+    mixed_seed, pack, parse_settings, prepare_model, run_command, save_model, settle, summed,
 )
 
 
@@ -61,8 +61,7 @@ class RewardModel(nn.Module):
 
 
 def bradley_terry_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """−log σ(r_chosen − r_rejected) of each pair, in nats: [n], [n] → [n]. Stiennon et al. 2020 (arXiv 2009.01325),
-    section 3.4."""
+    """−log σ(r_chosen − r_rejected) of each pair, in nats: [n], [n] → [n]. Stiennon et al. 2020, section 3.4."""
     return -F.logsigmoid(chosen_rewards - rejected_rewards)
 
 
@@ -107,10 +106,10 @@ def calibration(rewards: Tensor) -> list[tuple[float, float, int]]:
 
 
 def report(rewards: Tensor, gold: Tensor | None) -> None:
-    """Prints accuracy on labelled pairs, and calibration: predicted against observed preference by reward gap."""
-    low, high = wilson_interval(ranking_accuracy(rewards), len(rewards))
-    accuracy = f"{ranking_accuracy(rewards):.1%} (95% interval {low:.1%} to {high:.1%}, {len(rewards)} pairs)"
-    print(f"test accuracy {accuracy}")
+    """Prints accuracy on labelled pairs [n, 2], and calibration: predicted against observed preference."""
+    accuracy = ranking_accuracy(rewards)
+    low, high = wilson_interval(accuracy, len(rewards))
+    print(f"test accuracy {accuracy:.1%} (95% interval {low:.1%} to {high:.1%}, {len(rewards)} pairs)")
     if gold is not None:
         print(f"the toy world's gold reward itself scores {ranking_accuracy(gold):.1%} on these noisy labels")
     print("calibration: the side that the model ranks first is the chosen one …")
@@ -141,17 +140,16 @@ def main() -> None:
             batch_loss.backward()
             loss += batch_loss.detach()
             accuracy += (chosen_rewards > rejected_rewards).sum() / len(documents)
-        metrics = {"grad_norm": training.update(), "loss": summed(loss).item(), "accuracy": summed(accuracy).item()}
+        metrics = {"grad_norm": training.optimize(), "loss": summed(loss).item(), "accuracy": summed(accuracy).item()}
         tokens = int(pairs.lengths[indices].sum())
         training.log(("loss", "accuracy"), "pairs", len(documents), tokens, **metrics)
 
-    # 3. Shift: mean reward 0 over the training responses.
+    # 3. Shift: mean reward 0 over the training responses. Save, and report on held-back pairs.
     with torch.no_grad():
         model.head.bias -= score_pairs(model, pairs, device).mean().item()
-
-    # 4. Report on held-back pairs, and save.
+    save_model(settings, model, tokenizer)
     report(score_pairs(model, test, device), test.gold)
-    training.finish(model, tokenizer, "python split.py", "--init {} --easy EASY_NAME.pt --hard HARD_NAME.pt")
+    finish(settings, ["save"], "python split.py", "--init {} --easy EASY_NAME.pt --hard HARD_NAME.pt")
 
 
 if __name__ == "__main__":

@@ -286,14 +286,14 @@ def test_ctrl_c_and_sigterm_stop_after_the_step_and_resume_ends_the_same(out, to
     (group,) = content(out / f"{name}.state.pt")["optimizer"]["param_groups"]
     assert group["eps"] == (1e-5 if command == "ppo" else 1e-8)  # PPO's as in OpenAI Baselines
     assert f"{name}.state.pt: a run was stopped; --resume" in refusal(command, out)
-    assert "--lr is 0.5, but the saved run had" in refusal(command, out, "--resume", "--lr", 0.5)
+    assert "--lr is not what the saved run had: 0.5 now" in refusal(command, out, "--resume", "--lr", 0.5)
     go_on(command, out, toy)
 
 
 def test_resume_on_a_file_that_was_made_anew_is_refused(out):
     run("dpo", out, hooks=[("model.Training.log", 3, send(signal.SIGINT))])
     succeed("split", out, "--fraction", 0.4)
-    assert "easy.pt is not the file that the saved run read" in refusal("dpo", out, "--resume")
+    assert "easy.pt is not what the saved run had" in refusal("dpo", out, "--resume")
 
 
 @pytest.mark.parametrize("command, name, times", [

@@ -769,13 +769,13 @@ def test_two_updates_by_hand_and_one_that_is_not_finite(tmp_path):
     training = training_of(tmp_path, eps=1.0, lr=1.0, warmup=0.5, clip=1.0, steps=4)
     weight, training.indices = training.model.weight, []
     weight.grad = torch.tensor([[3.0, 4.0]])
-    assert training.update() == pytest.approx(5.0) and weight.grad is None
+    assert training.optimize() == pytest.approx(5.0) and weight.grad is None
     close(weight.detach(), torch.tensor([[1 - 0.1875, 1 - 0.222222]]))
     training.step, weight.grad, training.indices = 1, torch.zeros(1, 2), [31, 4]
-    assert training.update() == 0.0
+    assert training.optimize() == 0.0
     weight.grad = torch.tensor([[1.0, math.nan]])
     with pytest.raises(UserError, match=r"step 1: the gradient is not finite, on .*pairs 4 31"):
-        training.update()
+        training.optimize()
     with pytest.raises(UserError, match="step 1: the loss is not finite"):
         training.log(("loss",), "pairs", 1, 1, kl=1.0, loss=math.inf)
     close(weight.detach(), torch.tensor([[1 - 0.1875 - 0.200319, 1 - 0.222222 - 0.243166]]))

@@ -63,18 +63,15 @@ class UserError(Exception):
     """A mistake that the user can mend. Shown as one line on stderr; the exit code is 2."""
 
 
-REMEDIES = {  # for errors that are the machine's: what one of them says, and what its user is told
-    r"MemoryError|[Oo]ut of memory|not enough memory|t allocate memory|ALLOC_FAILED":
-        "out of memory; --grad-checkpoint, --dtype bf16, fewer --max-new-tokens, a smaller model, or torchrun on more GPUs "
-        "need less; a smaller --batch-size only once a batch is less than one pass",
-    r"No working C\+\+ compiler|Failed to find C compiler":
-        "torch.compile finds no C++ compiler; install one, such as g++, or on a CPU leave out --compile",
-}
-
-
 def remedy(error: Exception) -> str | None:
-    """What to do about an error that is the machine's; None for all others."""
-    return next((advice for pattern, advice in REMEDIES.items() if re.search(pattern, repr(error))), None)
+    """What to do about an error that is the machine's; None about any other."""
+    said = repr(error)
+    if re.search("MemoryError|[Oo]ut of memory|not enough memory|t allocate memory|ALLOC_FAILED", said):
+        return ("out of memory; --grad-checkpoint, --dtype bf16, fewer --max-new-tokens, torchrun on several GPUs or a "
+                "smaller model need less, a smaller --batch-size only once a batch is less than one pass")
+    if re.search(r"No working C\+\+ compiler|Failed to find C compiler", said):
+        return "torch.compile finds no C++ compiler; install one, such as g++, or on a CPU leave out --compile"
+    return None
 
 
 def flag(default, text: str, *, least=-math.inf, above=-math.inf, most=sys.float_info.max, pretrained=None, **options):
@@ -103,12 +100,11 @@ class CommonSettings:
         self.read = {}  # what `load` has read: name → id of what made it
         for field in dataclasses.fields(self):
             value, about = getattr(self, field.name), field.metadata
-            if type(value) not in (int, float):
+            if type(value) not in (int, float) or (about["above"] < value and about["least"] <= value <= about["most"]):
                 continue
-            if not (about["above"] < value and about["least"] <= value <= about["most"]):
-                bounds = [f"{name} {about[name]}" for name in ("above", "least", "most") if abs(about[name]) < 1e300]
-                allowed = ", ".join(["finite", *bounds])
-                raise UserError(f"--{field.name.replace('_', '-')} {value}: out of bounds ({allowed})")
+            bounds = [f"{name} {about[name]}" for name in ("above", "least", "most") if abs(about[name]) < 1e300]
+            allowed = ", ".join(["finite", *bounds])
+            raise UserError(f"--{field.name.replace('_', '-')} {value}: out of bounds ({allowed})")
 
 
 def parse_settings(settings_class, description: str):
@@ -1203,8 +1199,8 @@ def find_file(settings: CommonSettings, name: str) -> Path:
             return path
     makers = {"pairs.pt": "model", "test.pt": "model", "sft.pt": "model", "reward.pt": "reward", "easy.pt": "split",
               "hard.pt": "split", "dpo.pt": "dpo", "ppo.pt": "ppo"}
-    remedy = f"run python {makers[name]}.py first, or name another" if name in makers else "name one that exists"
-    raise UserError(f"{places[0]}: no such file; {remedy}")
+    advice = f"run python {makers[name]}.py first, or name another" if name in makers else "name one that exists"
+    raise UserError(f"{places[0]}: no such file; {advice}")
 
 
 def write_file(path: Path, content: str | Callable) -> None:
@@ -1222,10 +1218,10 @@ def write_file(path: Path, content: str | Callable) -> None:
             os.fsync(file.fileno())
         beside.replace(path)
     except (OSError, RuntimeError) as error:  # torch raises the latter, on top of what really happened
-        cause = error.__context__ if isinstance(error, RuntimeError) and error.__context__ else error
-        if isinstance(cause, KeyboardInterrupt):
-            raise cause from None
-        raise UserError(f"{path}: cannot be written ({cause}); what was there is unchanged") from error
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
+        said = str(error if isinstance(error, OSError) else error.__context__ or error)
+        raise UserError(f"{path}: cannot be written ({said}); what was there is unchanged") from error
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
@@ -1622,17 +1618,17 @@ class Training:
         path = Path(settings.out) / settings.save
         self.log_path, self.state_path = path.with_suffix(".jsonl"), path.with_suffix(".state.pt")
         # What a result depends on, by the names that the user knows: flags, and files with their ids.
-        without = ("out", "resume", "save_every", "origin", "read")
-        flags = {name: value for name, value in vars(settings).items() if name not in without}
-        self.made_from = {f"--{name.replace('_', '-')}": value for name, value in flags.items()} | settings.read
-        if settings.resume and not self.state_path.exists():
-            raise UserError(f"{self.state_path}: no such file, so there is nothing to --resume")
+        names = [field.name for field in dataclasses.fields(settings)]
+        self.made_from = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in names
+                          if name not in ("out", "resume", "save_every")} | settings.read
+        if settings.resume != self.state_path.exists():
+            raise UserError(f"{self.state_path}: " + (
+                "no such file, so there is nothing to --resume" if settings.resume else
+                "a run was stopped, or still runs; --resume goes on, or delete this to start anew"))
         if processes()[0] == 0:
             self.lock_log()
         if settings.resume:
             self.load_state()
-        elif self.state_path.exists():
-            raise UserError(f"{self.state_path}: a run was stopped; --resume goes on, or delete this to start anew")
         self.write_log(read_log(self.log_path)[: self.step], "w")
 
     def lock_log(self) -> None:

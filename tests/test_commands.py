@@ -285,7 +285,7 @@ def test_ctrl_c_and_sigterm_stop_after_the_step_and_resume_ends_the_same(out, to
     assert len(log(out / f"{name}.jsonl")) == 3 and not (out / f"{name}.pt").exists()
     (group,) = content(out / f"{name}.state.pt")["optimizer"]["param_groups"]
     assert group["eps"] == (1e-5 if command == "ppo" else 1e-8)  # PPO's as in OpenAI Baselines
-    assert f"{name}.state.pt: a run was stopped; --resume" in refusal(command, out)
+    assert f"{name}.state.pt: a run was stopped, or still runs; --resume" in refusal(command, out)
     assert "--lr is not what the saved run had: 0.5 now" in refusal(command, out, "--resume", "--lr", 0.5)
     go_on(command, out, toy)
 
@@ -331,9 +331,9 @@ def die_in_the_next_write() -> None:
 
 
 KILLS = {  # when a run dies: a hook, steps logged by then, and the step of the state
-    "in a step": (("model.Training.log", 4, send(signal.SIGKILL)), 3, 2),
-    "in a save": (("model.Training.save_state", 2, die_in_the_next_write), 4, 2),
-    "in the last save": (("model.save_model", 1, die_in_the_next_write), 6, 6),
+    "in a step": ("model.Training.log", 4, send(signal.SIGKILL), 3, 2),
+    "in a save": ("model.Training.save_state", 2, die_in_the_next_write, 4, 2),
+    "in the last save": ("{}.save_model", 1, die_in_the_next_write, 6, 6),
 }
 
 
@@ -342,7 +342,8 @@ def be_killed(folder: Path) -> None:
     importlib.import_module("torch._dynamo")  # once, not in each fork
     for command, when in itertools.product(SAVED, KILLS):
         if os.fork() == 0:
-            run(command, folder / command / when, "--save-every", 2, hooks=[KILLS[when][0]])
+            name, number, action, *_ = KILLS[when]
+            run(command, folder / command / when, "--save-every", 2, hooks=[(name.format(command), number, action)])
             os._exit(1)
         assert os.WTERMSIG(os.wait()[1]) == signal.SIGKILL, (command, when)
 
@@ -359,7 +360,7 @@ def killed(toy, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("command, when", list(itertools.product(SAVED, KILLS)))
 def test_a_killed_run_leaves_whole_files_and_goes_on_from_its_last_state(killed, toy, command, when):
-    out, name, (_, logged, step) = killed / command / when, SAVED[command], KILLS[when]
+    out, name, (*_, logged, step) = killed / command / when, SAVED[command], KILLS[when]
     assert content(out / f"{name}.state.pt")["step"] == step and len(log(out / f"{name}.jsonl")) == logged
     assert all(content(path)["kind"] for path in out.glob("*.pt")) and not (out / f"{name}.pt").exists()
     with (out / f"{name}.jsonl").open("ab") as file:
@@ -378,7 +379,7 @@ def test_resume_without_a_state_is_refused(out, command):
 
 # ---- A full disk, and folders that cannot be written to or are gone ----
 
-FULL = [(command, f"{name}.pt", "model.save_model", 1, 10_000, 6) for command, name in SAVED.items()]
+FULL = [(command, f"{name}.pt", f"{command}.save_model", 1, 10_000, 6) for command, name in SAVED.items()]
 FULL += [("dpo", "dpo.state.pt", "model.Training.save_state", 2, size, 2) for size in (0, 20_000, 100_000)]
 FULL += [("dpo", "dpo.jsonl", "model.Training.log", 4, 40, 2), ("model", "pairs.pt", "model.save", 1, 5000, None)]
 

@@ -50,9 +50,11 @@ MEASURES = ["gold_reward", "reward", "win_rate_vs_chosen", "win_rate_vs_sft", "k
 
 
 def run(command: str, out: Path, *flags, hooks: tuple = ()) -> SimpleNamespace:
-    """Runs a command in this process, with its quick flags and then these: its exit code, stdout and stderr. A hook is
-    (function, number, action): the action comes just before that call, counted from 1, of the function named."""
-    code, screen, errors, limit = 0, io.StringIO(), io.StringIO(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    """Runs a command in this process, with its quick flags and then these: its exit code, and what it writes to a
+    terminal that has no γ as stdout and stderr. A hook is (function, number, action): the action comes just before that
+    call, counted from 1, of the function named."""
+    code, limit = 0, resource.getrlimit(resource.RLIMIT_FSIZE)
+    screen, errors = (io.TextIOWrapper(io.BytesIO(), "latin-1") for _ in range(2))
     flags = [*CHAIN[command].split(), "--device", "cpu", "--out", out, *flags]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{command}.py", *map(str, flags)])
@@ -66,7 +68,8 @@ def run(command: str, out: Path, *flags, hooks: tuple = ()) -> SimpleNamespace:
                 code = stop.code
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    return SimpleNamespace(code=code, out=screen.getvalue(), err=errors.getvalue())
+    screen.seek(0), errors.seek(0)
+    return SimpleNamespace(code=code, out=screen.read(), err=errors.read())
 
 
 def before_call(function, number: int, action):
@@ -84,6 +87,14 @@ def before_call(function, number: int, action):
 def send(number: int):
     """An action that sends this process a signal."""
     return lambda: os.kill(os.getpid(), number)
+
+
+def fail(kind: type, text: str):
+    """An action that raises an error."""
+    def action():
+        raise kind(text)
+
+    return action
 
 
 def succeed(command: str, out: Path, *flags) -> str:
@@ -272,6 +283,8 @@ def go_on(command: str, out: Path, toy: SimpleNamespace) -> None:
     assert same_weights(out / f"{name}.pt", toy.out / f"{name}.pt")
     assert log(out / f"{name}.jsonl") == log(toy.out / f"{name}.jsonl")
     assert not [path for path in contents(out) if path.endswith((".state.pt", ".part"))]
+    line = refusal(command, out, "--resume", "--seed", 3)  # the seed: model.py keeps its old pairs.pt all the same
+    assert f"{out}/{name}.state.pt: no such file" in line and "--resume" in line
 
 
 @pytest.mark.parametrize("command, number", list(zip(SAVED, [signal.SIGTERM, signal.SIGINT] * 2, strict=True)))
@@ -287,13 +300,47 @@ def test_ctrl_c_and_sigterm_stop_after_the_step_and_resume_ends_the_same(out, to
     assert group["eps"] == (1e-5 if command == "ppo" else 1e-8)  # PPO's as in OpenAI Baselines
     assert f"{name}.state.pt: a run was stopped, or still runs; --resume" in refusal(command, out)
     assert "--lr is not what the saved run had: 0.5 now" in refusal(command, out, "--resume", "--lr", 0.5)
+    whole = (out / f"{name}.state.pt").read_bytes()
+    (out / f"{name}.state.pt").write_bytes(whole[:9000])
+    assert f"{name}.state.pt: damaged" in refusal(command, out, "--resume")
+    (out / f"{name}.state.pt").write_bytes(whole)
     go_on(command, out, toy)
 
 
-def test_resume_on_a_file_that_was_made_anew_is_refused(out):
-    run("dpo", out, hooks=[("model.Training.log", 3, send(signal.SIGINT))])
+def test_a_second_run_at_the_same_time_is_refused_and_resume_on_a_file_made_anew(out, toy):
+    log_step, said = "model.Training.log", []
+    hooks = [(log_step, 1, lambda: said.append(run("dpo", out))), (log_step, 6, send(signal.SIGINT)),
+             (log_step, 4, lambda: said.append(run("dpo", out, "--resume")))]
+    assert run("dpo", out, "--save-every", 2, hooks=hooks).code == 130
+    assert [(one.code, f"{out}/dpo.jsonl: another run writes it" in one.err) for one in said] == [(2, True)] * 2
+    assert log(out / "dpo.jsonl") == log(toy.out / "dpo.jsonl")
     succeed("split", out, "--fraction", 0.4)
     assert "easy.pt is not what the saved run had" in refusal("dpo", out, "--resume")
+
+
+@pytest.mark.parametrize("command, prints, call, names", [
+    ("model", "model.pack", 7, ["sft.pt"]), ("reward", "reward.report", 1, ["reward.pt"]),  # pack: after six steps
+    ("split", "split.histogram", 1, ["easy.pt", "hard.pt"]),
+])
+def test_results_are_saved_before_they_are_printed(out, toy, command, prints, call, names):
+    for name in names:
+        (out / name).unlink()
+    assert "no terminal" in complaint(run(command, out, hooks=[(prints, call, fail(OSError, "no terminal"))]))
+    assert all(content(out / name)["kind"] for name in names)
+    if command in SAVED:
+        go_on(command, out, toy)
+
+
+@pytest.mark.parametrize("action, remedy", [
+    (lambda: torch.empty(2**60, device="cpu"), "out of memory; --grad-checkpoint"),
+    (lambda: bytearray(2**60), "out of memory"), (fail(torch.OutOfMemoryError, "CUDA out of memory."), "out of memory"),
+    (fail(RuntimeError, "No working C++ compiler found in x"), "no C++ compiler; install one"),
+])
+def test_what_the_machine_lacks_is_said_in_one_line(out, action, remedy):
+    for place in ("model.Config", "dpo.pack"):  # while a file is read, and in training
+        assert remedy in complaint(run("dpo", out, hooks=[(place, 1, action)]))
+    with pytest.raises(RuntimeError, match="our mistake"):
+        run("dpo", out, hooks=[("dpo.pack", 1, fail(RuntimeError, "our mistake"))])
 
 
 @pytest.mark.parametrize("command, name, times", [
@@ -366,15 +413,6 @@ def test_a_killed_run_leaves_whole_files_and_goes_on_from_its_last_state(killed,
     with (out / f"{name}.jsonl").open("ab") as file:
         file.write(b'{"step": 3, "caf\xe9\0\0\n17\n[')  # as a power cut may leave it
     go_on(command, out, toy)
-
-
-@pytest.mark.parametrize("command", SAVED)
-def test_resume_without_a_state_is_refused(out, command):
-    name = f"{SAVED[command]}.state.pt"
-    line = refusal(command, out, "--resume", "--seed", 3)  # the seed: model.py keeps its old pairs.pt all the same
-    assert f"{out}/{name}: no such file" in line and "--resume" in line
-    (out / name).write_bytes((out / "sft.pt").read_bytes()[:9000])
-    assert f"{name}: damaged" in refusal(command, out, "--resume")
 
 
 # ---- A full disk, and folders that cannot be written to or are gone ----
@@ -453,7 +491,14 @@ def test_a_bare_name_is_looked_up_in_out_then_here_and_one_with_a_slash_is_a_pat
     succeed("dpo", out, "--data", "mine.pt")
     shutil.copy(out / "sft.pt", out / "mine.pt")
     assert f"{out}/mine.pt: holds a policy" in refusal("dpo", out, "--data", "mine.pt")
-    succeed("dpo", out, "--data", "./mine.pt")
+    for path in ("./mine.pt", f"../{Path.cwd().name}/mine.pt"):
+        succeed("dpo", out, "--data", path)
+
+
+@pytest.mark.parametrize("number, shown", [("-1e-1", "-0.100"), ("-.5", "-0.500"), ("-2", "-2.000"), ("1e-1", "0.100")])
+def test_a_threshold_is_a_number_in_any_notation(out, number, shown):
+    assert f" = {shown}:" in succeed("split", out, "--threshold", number)
+    assert "out of bounds" in refusal("split", out, "--threshold", "-inf")
 
 
 @pytest.mark.parametrize("flags", [
@@ -486,18 +531,21 @@ def test_prompts_typed_are_answered_until_end_of_input_and_nothing_is_written(to
 
 
 @pytest.mark.parametrize("command", CHAIN)
-def test_help_of_a_script_names_every_flag_with_a_text_and_its_default(monkeypatch, capsys, command):
+def test_help_of_a_script_names_every_flag_with_a_text_and_its_default(monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(sys, "argv", [f"{command}.py", "--help"])
-    with pytest.raises(SystemExit, match="0"):
+    screen = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    with pytest.raises(SystemExit, match="0"), contextlib.redirect_stdout(screen):
         runpy.run_path(REPOSITORY / f"{command}.py", run_name="__main__")
-    printed = capsys.readouterr()
-    assert not printed.err and f"python {command}.py" in printed.out
-    entries = re.split(r"\n  (?=--)", printed.out.partition("\noptions:\n")[2])[1:]
+    screen.seek(0)
+    printed = screen.read()
+    assert f"python {command}.py" in printed
+    entries = re.split(r"\n  (?=--)", printed.partition("\noptions:\n")[2])[1:]
     entries = {re.match(r"--[\w-]+", entry)[0]: " ".join(entry.split()) for entry in entries}
     for field in fields(importlib.import_module(command).Settings):
         entry, default = entries["--" + field.name.replace("_", "-")], field.metadata["default"]
-        assert field.metadata["help"] in entry and (default is None or f"[{default}" in entry), field.name
+        text = field.metadata["help"].encode("latin-1", "replace").decode("latin-1")
+        assert text in entry and (default is None or f"[{default}" in entry), field.name
     assert command != "dpo" or entries["--lr"] == "--lr LR peak learning rate [5e-05, pretrained 5e-07]"
 
 

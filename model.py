@@ -75,9 +75,8 @@ def remedy(error: Exception) -> str | None:
 
 
 def flag(default, text: str, *, least=-math.inf, above=-math.inf, most=sys.float_info.max, pretrained=None, **options):
-    """A field of a settings class that is a command-line flag: its default, its help text and its bounds (never
-    infinite). Where pretrained models want another default, the field is None until `settle` knows the model.
-    `options` go to argparse."""
+    """A field of a settings class that is a command-line flag, with its bounds; `options` go to argparse. Where
+    pretrained models want another default, the field is None until `settle` knows the model."""
     about = {"default": default, "pretrained": pretrained, "help": text, "options": options}
     about |= {"least": least, "above": above, "most": most}
     if isinstance(default, list):
@@ -124,10 +123,9 @@ def parse_settings(settings_class, description: str):
             options = {"choices": kinds}
         elif options["type"] is bool:
             options = {"action": argparse.BooleanOptionalAction}
-        default = "" if about["default"] is None else f" [{about['default']}]"
-        if about["pretrained"] is not None:
-            default = f" [{about['default']}, pretrained {about['pretrained']}]"
-        options |= {"help": (about["help"] + default).replace("%", "%%"), "default": argparse.SUPPRESS}
+        other = "" if about["pretrained"] is None else f", pretrained {about['pretrained']}"
+        text = about["help"] + ("" if about["default"] is None else f" [{about['default']}{other}]")
+        options |= {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
         parser.add_argument("--" + field.name.replace("_", "-"), **options | about["options"])
     words = []
     for word in sys.argv[1:]:
@@ -1246,8 +1244,7 @@ def reading(what: Path | str, complaint: str = "damaged, or not what is needed h
 
 
 def save(settings: CommonSettings, name: str, kind: str, **content) -> None:
-    """Writes `content` to the file `name` in the --out folder, with its kind, what made it, and the id of the data that
-    it goes back to."""
+    """Writes `content` to a file in the --out folder, with its kind, what made it, and the id of the data behind it."""
     made = {"command": shlex.join(sys.argv), "torch": str(torch.__version__)}
     made |= {"data": settings.origin and settings.origin[0], "read": dict(settings.read)}
     content |= {"kind": kind, "format": FORMAT, "made": made}
@@ -1255,8 +1252,8 @@ def save(settings: CommonSettings, name: str, kind: str, **content) -> None:
 
 
 def load(settings: CommonSettings, name: str, *kinds: str) -> dict:
-    """Reads what `save` wrote. Raises UserError unless it is of these kinds, and goes back to the same data, and so to
-    the same tokenizer, as the files read before."""
+    """Reads what `save` wrote. Raises UserError unless it is of these kinds, and goes back to the same data (so to the
+    same tokenizer) as the files read before."""
     path = find_file(settings, name)
     with reading(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -1302,9 +1299,8 @@ def choose_device(settings: CommonSettings) -> torch.device:
 
 
 def prepare_model(model: nn.Module, settings: CommonSettings) -> nn.Module:
-    """Moves a model to the device, and sets the activations' dtype, compilation and checkpointing as the flags say.
-    `--dtype auto` takes bf16 where the hardware multiplies it faster: on GPUs that have it, and on CPUs with
-    instructions for it when the model is wide enough to pay for the casts."""
+    """Moves a model to the device, and sets it up as the flags say. `--dtype auto` takes bf16 where the hardware
+    multiplies it faster: on GPUs and CPUs that have it, on a CPU if the model is wide enough to pay for the casts."""
     device, gpt = choose_device(settings), model if isinstance(model, GPT) else model.trunk
     if device.type == "cuda" and gpt.config.head_dim < 16:
         raise UserError("--device cuda: FlexAttention needs heads at least 16 wide; try --device cpu")
@@ -1617,10 +1613,9 @@ class Training:
         self.step, self.steps, self.stopping = 0, count_steps(settings, examples), False
         path = Path(settings.out) / settings.save
         self.log_path, self.state_path = path.with_suffix(".jsonl"), path.with_suffix(".state.pt")
-        # What a result depends on, by the names that the user knows: flags, and files with their ids.
         names = [field.name for field in dataclasses.fields(settings)]
-        self.made_from = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in names
-                          if name not in ("out", "resume", "save_every")} | settings.read
+        flags = [name for name in names if name not in ("out", "resume", "save_every")]  # that a result depends on
+        self.made_from = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in flags} | settings.read
         if settings.resume != self.state_path.exists():
             raise UserError(f"{self.state_path}: " + (
                 "no such file, so there is nothing to --resume" if settings.resume else
@@ -1734,9 +1729,8 @@ class Training:
 
 
 def finish(settings: CommonSettings, fields: list[str], command: str, flags: str) -> None:
-    """The end of every stage. A finished run needs no resume state any more. Says what was written, to the names in
-    these `fields` of the settings, and what to run next; if the first name is not the default, that needs `flags`, in
-    which the name takes the place of {}."""
+    """The end of a stage: drops the resume state, and says what was written, to the names in these `fields`, and what
+    to run next. If the first name is not the default, that needs `flags`, in which the name takes the place of {}."""
     names = [getattr(settings, field) for field in fields]
     if processes()[0] == 0:
         (Path(settings.out) / names[0]).with_suffix(".state.pt").unlink(missing_ok=True)

@@ -23,8 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    GPT, Packed, Training, TrainingSettings, UserError, batch_indices, choose_device, count_steps, flag, load_model,
-    load_pairs, pack, parse_settings, run_command, settle, summed,
+    GPT, Packed, Training, TrainingSettings, UserError, batch_indices, choose_device, count_steps, finish, flag,
+    load_model, load_pairs, pack, parse_settings, run_command, save_model, settle, summed,
 )
 
 
@@ -123,7 +123,7 @@ def main() -> None:
             losses = dpo_loss(*logratios.unbind(1), *options)
             (losses.sum() / len(documents)).backward()
             logprobs[batch.members] = batch_logprobs.detach()
-        grad_norm = training.update()
+        grad_norm = training.optimize()
         logprobs = summed(logprobs)  # for the log: of the whole batch, whichever process had them
         logratios = logprobs - reference_logprobs
         losses = dpo_loss(*logratios.unbind(1), *options)
@@ -140,7 +140,8 @@ def main() -> None:
         training.log(shown, "pairs", len(documents), int(lengths.sum()), **metrics, grad_norm=grad_norm)
 
     # 4. Save.
-    training.finish(policy, tokenizer, "python ppo.py", "--init {} --save NAME.pt")
+    save_model(settings, policy, tokenizer)
+    finish(settings, ["save"], "python ppo.py", "--init {} --save NAME.pt")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from model import (
     CONFIG_NAMES, FAMILIES, GPT, TOY_BEST_REWARD, TURN, CommonSettings, Config, Pairs, Tokenizer, UserError,
     choose_device, find_file, flag, generate, gold_reward, llama_names, load, load_model, load_pairs, mixed_seed, pack,
-    parse_settings, processes, read_log, run_command, settle, summed, write_file, write_text,
+    parse_settings, processes, read_log, run_command, settle, summed, write_file,
 )
 from reward import RewardModel, calibration, score_pairs, wilson_interval, wins
 
@@ -399,9 +399,9 @@ def export_model(path: Path, folder: Path) -> None:
     about |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context,
               "clean_up_tokenization_spaces": False}
     about |= {"chat_template": tokenizer.template} if tokenizer.template else {}
-    write_text(folder / "config.json", json.dumps(described, indent=1) + "\n")
-    write_text(folder / "tokenizer.json", tokenizer.text)
-    write_text(folder / "tokenizer_config.json", json.dumps(about, indent=1) + "\n")
+    write_file(folder / "config.json", json.dumps(described, indent=1) + "\n")
+    write_file(folder / "tokenizer.json", tokenizer.text)
+    write_file(folder / "tokenizer_config.json", json.dumps(about, indent=1) + "\n")
     write_file(folder / "model.safetensors", lambda file: write_safetensors(file, tensors))
     print(f"wrote {folder}, a {described['architectures'][0]} for transformers")
     if scorer:
@@ -449,7 +449,7 @@ def main() -> None:
         columns |= {f"win_rate_vs_sft_{part}": won[inside] for part, inside in parts.items()}
         summaries[name], values[name] = summarise(columns), columns[judged]
     path = Path(settings.out) / settings.save
-    write_text(path, json.dumps(summaries, indent=1) + "\n")  # saved before anything is shown
+    write_file(path, json.dumps(summaries, indent=1) + "\n")  # saved before anything is shown
 
     # 5. The tables, the picture, the judge.
     best = "" if pairs.gold is None else f"; the best gold reward possible is {TOY_BEST_REWARD}"
@@ -466,7 +466,7 @@ def main() -> None:
         rows = judge(settings, pairs, texts, sft_texts)
         for (name, opponent), row in rows.items():
             summaries[name][f"judge_vs_{opponent}"] = {"judge": settings.judge_model, **row}
-        write_text(path, json.dumps(summaries, indent=1) + "\n")
+        write_file(path, json.dumps(summaries, indent=1) + "\n")
         rows = {f"{TITLES.get(name, name)} against {opponent}": row for (name, opponent), row in rows.items()}
         print(table(rows, ["win_rate", "ties", "orders_disagree", "first_place_wins", "no_verdict"]))
     print(f"wrote {path}")

@@ -17,6 +17,7 @@ import argparse
 import atexit
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -62,10 +63,20 @@ class UserError(Exception):
     """A mistake that the user can mend. Shown as one line on stderr; the exit code is 2."""
 
 
+def remedy(error: Exception) -> str | None:
+    """What to do about an error that is the machine's; None about any other."""
+    said = repr(error)
+    if re.search("MemoryError|[Oo]ut of memory|not enough memory|t allocate memory|ALLOC_FAILED", said):
+        return ("out of memory; --grad-checkpoint, --dtype bf16, fewer --max-new-tokens, torchrun on several GPUs or a "
+                "smaller model need less, a smaller --batch-size only once a batch is less than one pass")
+    if re.search(r"No working C\+\+ compiler|Failed to find C compiler", said):
+        return "torch.compile finds no C++ compiler; install one, such as g++, or on a CPU leave out --compile"
+    return None
+
+
 def flag(default, text: str, *, least=-math.inf, above=-math.inf, most=sys.float_info.max, pretrained=None, **options):
-    """A field of a settings class that is a command-line flag: its default, its help text and its bounds (never
-    infinite). Where pretrained models want another default, the field is None until `settle` knows the model.
-    `options` go to argparse."""
+    """A field of a settings class that is a command-line flag, with its bounds; `options` go to argparse. Where
+    pretrained models want another default, the field is None until `settle` knows the model."""
     about = {"default": default, "pretrained": pretrained, "help": text, "options": options}
     about |= {"least": least, "above": above, "most": most}
     if isinstance(default, list):
@@ -88,12 +99,11 @@ class CommonSettings:
         self.read = {}  # what `load` has read: name → id of what made it
         for field in dataclasses.fields(self):
             value, about = getattr(self, field.name), field.metadata
-            if type(value) not in (int, float):
+            if type(value) not in (int, float) or (about["above"] < value and about["least"] <= value <= about["most"]):
                 continue
-            if not (about["above"] < value and about["least"] <= value <= about["most"]):
-                bounds = [f"{name} {about[name]}" for name in ("above", "least", "most") if abs(about[name]) < 1e300]
-                allowed = ", ".join(["finite", *bounds])
-                raise UserError(f"--{field.name.replace('_', '-')} {value}: out of bounds ({allowed})")
+            bounds = [f"{name} {about[name]}" for name in ("above", "least", "most") if abs(about[name]) < 1e300]
+            allowed = ", ".join(["finite", *bounds])
+            raise UserError(f"--{field.name.replace('_', '-')} {value}: out of bounds ({allowed})")
 
 
 def parse_settings(settings_class, description: str):
@@ -113,12 +123,17 @@ def parse_settings(settings_class, description: str):
             options = {"choices": kinds}
         elif options["type"] is bool:
             options = {"action": argparse.BooleanOptionalAction}
-        default = "" if about["default"] is None else f" [{about['default']}]"
-        if about["pretrained"] is not None:
-            default = f" [{about['default']}, pretrained {about['pretrained']}]"
-        options |= {"help": (about["help"] + default).replace("%", "%%"), "default": argparse.SUPPRESS}
+        other = "" if about["pretrained"] is None else f", pretrained {about['pretrained']}"
+        text = about["help"] + ("" if about["default"] is None else f" [{about['default']}{other}]")
+        options |= {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
         parser.add_argument("--" + field.name.replace("_", "-"), **options | about["options"])
-    return settings_class(**vars(parser.parse_args()))
+    words = []
+    for word in sys.argv[1:]:
+        if words and re.match(r"-(\.?\d|inf|nan)", word, re.IGNORECASE):
+            words[-1] += "=" + word  # else argparse takes -1e-1 for a flag
+        else:
+            words.append(word)
+    return settings_class(**vars(parser.parse_args(words)))
 
 
 def settle(settings, pretrained: bool) -> None:
@@ -1185,15 +1200,16 @@ def find_file(settings: CommonSettings, name: str) -> Path:
             return path
     makers = {"pairs.pt": "model", "test.pt": "model", "sft.pt": "model", "reward.pt": "reward", "easy.pt": "split",
               "hard.pt": "split", "dpo.pt": "dpo", "ppo.pt": "ppo"}
-    remedy = f"run python {makers[name]}.py first, or name another" if name in makers else "name one that exists"
-    raise UserError(f"{places[0]}: no such file; {remedy}")
+    advice = f"run python {makers[name]}.py first, or name another" if name in makers else "name one that exists"
+    raise UserError(f"{places[0]}: no such file; {advice}")
 
 
-def write_file(path: Path, write: Callable) -> None:
-    """Calls `write` on a binary file beside `path`, which then takes its place, so that `path` is complete at every
-    moment. Raises UserError if that fails; what was there is unchanged. Of several processes the first one writes."""
+def write_file(path: Path, content: str | Callable) -> None:
+    """Writes a text, or what `content` writes to a binary file, beside `path`, and then in its place, so that `path` is
+    complete at every moment. Raises UserError if that fails. Of several processes the first one writes."""
     if processes()[0] > 0:
         return
+    write = content if callable(content) else lambda file: file.write(content.encode())
     beside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1203,18 +1219,13 @@ def write_file(path: Path, write: Callable) -> None:
             os.fsync(file.fileno())
         beside.replace(path)
     except (OSError, RuntimeError) as error:  # torch raises the latter, on top of what really happened
-        cause = error.__context__ if isinstance(error, RuntimeError) and error.__context__ else error
-        if isinstance(cause, KeyboardInterrupt):
-            raise cause from None
-        raise UserError(f"{path}: cannot be written ({cause}); what was there is unchanged") from error
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
+        said = str(error if isinstance(error, OSError) else error.__context__ or error)
+        raise UserError(f"{path}: cannot be written ({said}); what was there is unchanged") from error
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file as write_file does."""
-    write_file(path, lambda file: file.write(text.encode()))
 
 
 class DroppedRow(Exception):
@@ -1228,16 +1239,15 @@ def reading(what: Path | str, complaint: str = "damaged, or not what is needed h
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except (UserError, DroppedRow):
-        raise
     except Exception as error:
+        if isinstance(error, (UserError, DroppedRow)) or remedy(error):
+            raise
         said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise UserError(f"{what}: {complaint} ({said})") from error
 
 
 def save(settings: CommonSettings, name: str, kind: str, **content) -> None:
-    """Writes `content` to the file `name` in the --out folder, with its kind, what made it, and the id of the data that
-    it goes back to."""
+    """Writes `content` to a file in the --out folder, with its kind, what made it, and the id of the data behind it."""
     made = {"command": shlex.join(sys.argv), "torch": str(torch.__version__)}
     made |= {"data": settings.origin and settings.origin[0], "read": dict(settings.read)}
     content |= {"kind": kind, "format": FORMAT, "made": made}
@@ -1245,8 +1255,8 @@ def save(settings: CommonSettings, name: str, kind: str, **content) -> None:
 
 
 def load(settings: CommonSettings, name: str, *kinds: str) -> dict:
-    """Reads what `save` wrote. Raises UserError unless it is of these kinds, and goes back to the same data, and so to
-    the same tokenizer, as the files read before."""
+    """Reads what `save` wrote. Raises UserError unless it is of these kinds, and goes back to the same data (so to the
+    same tokenizer) as the files read before."""
     path = find_file(settings, name)
     with reading(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -1292,9 +1302,8 @@ def choose_device(settings: CommonSettings) -> torch.device:
 
 
 def prepare_model(model: nn.Module, settings: CommonSettings) -> nn.Module:
-    """Moves a model to the device, and sets the activations' dtype, compilation and checkpointing as the flags say.
-    `--dtype auto` takes bf16 where the hardware multiplies it faster: on GPUs that have it, and on CPUs with
-    instructions for it when the model is wide enough to pay for the casts."""
+    """Moves a model to the device, and sets it up as the flags say. `--dtype auto` takes bf16 where the hardware
+    multiplies it faster: on GPUs and CPUs that have it, on a CPU if the model is wide enough to pay for the casts."""
     device, gpt = choose_device(settings), model if isinstance(model, GPT) else model.trunk
     if device.type == "cuda" and gpt.config.head_dim < 16:
         raise UserError("--device cuda: FlexAttention needs heads at least 16 wide; try --device cpu")
@@ -1515,9 +1524,9 @@ def shard(model: nn.Module, blocks: nn.ModuleList, device: torch.device) -> nn.M
 
 
 def run_command(main: Callable) -> None:
-    """Runs a stage's `main`; a user's mistake becomes one line on stderr and exit code 2. Of the processes that
-    torchrun starts, the first one speaks for all."""
-    for stream in (sys.stdout, sys.stderr):
+    """Runs a stage's `main`; what the user or the machine is to blame for becomes one line on stderr and exit code 2.
+    Of the processes that torchrun starts, the first one speaks for all."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that has no γ shows a question mark
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
@@ -1534,13 +1543,16 @@ def run_command(main: Callable) -> None:
             main()
             if dist.is_initialized():
                 dist.barrier()  # a process that leaves early breaks the connection of those that still talk
-    except (UserError, OSError) as error:  # OSError: a disk that fills up or a folder that vanishes on the way
-        if processes()[0] == 0:
-            print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        advice = remedy(error)
+        if not advice and not isinstance(error, (UserError, OSError)):  # OSError: a disk that fills up on the way, say
+            raise
+        if advice or processes()[0] == 0:  # memory may run out in one process alone
+            print(f"{Path(sys.argv[0]).name}: {' '.join((advice or str(error)).splitlines())}", file=sys.stderr)
+        sys.exit(2)
 
 
 # ---- The training loop ----
@@ -1602,39 +1614,54 @@ class Training:
         self.settings, self.examples, self.model = settings, examples, model
         self.optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=eps, weight_decay=0.0, fused=True)
         self.step, self.steps, self.stopping = 0, count_steps(settings, examples), False
-        self.flags = {name: value for name, value in vars(settings).items()  # those that a result depends on
-                      if name not in ("out", "resume", "save_every", "origin", "read")} | settings.read
         path = Path(settings.out) / settings.save
         self.log_path, self.state_path = path.with_suffix(".jsonl"), path.with_suffix(".state.pt")
+        names = [field.name for field in dataclasses.fields(settings)]
+        flags = [name for name in names if name not in ("out", "resume", "save_every")]  # that a result depends on
+        self.made_from = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in flags} | settings.read
         if settings.resume != self.state_path.exists():
             raise UserError(f"{self.state_path}: " + (
                 "no such file, so there is nothing to --resume" if settings.resume else
-                "a run was stopped; --resume goes on, or delete this to start anew"))
+                "a run was stopped, or still runs; --resume goes on, or delete this to start anew"))
+        if processes()[0] == 0:
+            self.lock_log()
         if settings.resume:
             self.load_state()
-        log = read_log(self.log_path)[: self.step]
-        write_text(self.log_path, "".join(json.dumps(record) + "\n" for record in log))
+        self.write_log(read_log(self.log_path)[: self.step], "w")
+
+    def lock_log(self) -> None:
+        """Locks the log until this process ends, so that no second run writes the same files."""
+        with reading(self.log_path, "cannot be written"):
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            self.locked = self.log_path.open("a")
+        try:
+            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if isinstance(error, BlockingIOError):  # else the file system has no locks
+                raise UserError(f"{self.log_path}: another run writes it; wait, or choose another --save") from error
+
+    def write_log(self, records: list[dict], mode: str = "a") -> None:
+        """Appends records to the log, a line each. By its name, not where it was opened: a folder may vanish."""
+        if processes()[0] == 0:
+            with reading(self.log_path, "cannot be written"), self.log_path.open(mode) as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
 
     def save_state(self) -> None:
         """Writes all that --resume needs."""
         model, optimizer = dcp.get_state_dict(self.model, self.optimizer, options=ON_RANK_0)
-        content = {"step": self.step, "flags": self.flags, "model": model, "optimizer": optimizer}
+        content = {"step": self.step, "made_from": self.made_from, "model": model, "optimizer": optimizer}
         save(self.settings, self.state_path.name, "resume state", **content)
 
     def load_state(self) -> None:
         """Reads what save_state wrote. Raises UserError if it is another run's."""
-        files = list(self.settings.read)
         state = load(self.settings, str(self.state_path.resolve()), "resume state")
         with reading(self.state_path):
-            for name, value in self.flags.items():
-                had = state["flags"].get(name)
-                if had != value and name in files:
-                    raise UserError(f"--resume: {name} is not the file that the saved run read")
+            for name, value in self.made_from.items():
+                had = state["made_from"].get(name)
                 if had != value:
-                    raise UserError(f"--resume: --{name.replace('_', '-')} is {value}, but the saved run had {had}")
-            weights, moments = state["model"], state["optimizer"]
-            dcp.set_state_dict(self.model, self.optimizer, model_state_dict=weights, optim_state_dict=moments,
-                               options=UNSHARDED)
+                    raise UserError(f"--resume: {name} is not what the saved run had: {value} now, {had} then")
+            dcp.set_state_dict(self.model, self.optimizer, model_state_dict=state["model"],
+                               optim_state_dict=state["optimizer"], options=UNSHARDED)
             self.step = state["step"]
 
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
@@ -1661,9 +1688,8 @@ class Training:
 
     def ask_to_stop(self, number, frame) -> None:
         """First Ctrl-C: stop after this step. Second: at once."""
-        if self.stopping:
-            raise KeyboardInterrupt
         self.stopping = True
+        signal.signal(number, signal.default_int_handler)
 
     @property
     def lr(self) -> float:
@@ -1672,7 +1698,7 @@ class Training:
         rising, falling = (self.step + 1) / warmup, (self.steps - self.step) / max(1, self.steps - warmup)
         return self.settings.lr * min(1.0, rising, falling if self.settings.decay == "linear" else 1.0)
 
-    def update(self) -> float:
+    def optimize(self) -> float:
         """Clips the gradients and takes one optimiser step. Returns the gradient's norm before clipping. Raises
         UserError if that is not finite; a loss that is not finite makes it so."""
         (group,) = self.optimizer.param_groups
@@ -1700,25 +1726,17 @@ class Training:
             peak = torch.cuda.max_memory_allocated() / 2**20
         else:  # kilobytes, but bytes on macOS
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-        speed = {"tokens_per_second": tokens / seconds, f"{unit}_per_second": units / seconds}
-        record = {"step": self.step, **metrics, "lr": self.lr, "seconds": seconds, **speed, "peak_memory_mb": peak}
-        if processes()[0] == 0:
-            with reading(self.log_path, "cannot be written"), self.log_path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+        costs = {"seconds": seconds, "tokens_per_second": tokens / seconds, f"{unit}_per_second": units / seconds}
+        self.write_log([{"step": self.step, **metrics, "lr": self.lr, **costs, "peak_memory_mb": peak}])
         self.bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown}, refresh=False)
 
-    def finish(self, model: nn.Module, tokenizer: Tokenizer, next_command: str, flags: str) -> None:
-        """Saves the trained model, drops the resume state, and says which command comes next."""
-        save_model(self.settings, model, tokenizer)
-        if processes()[0] == 0:
-            self.state_path.unlink(missing_ok=True)
-        say_next(self.settings, ["save"], next_command, flags)
 
-
-def say_next(settings: CommonSettings, fields: list[str], command: str, flags: str) -> None:
-    """The last line of every stage: what was written, to the names in these `fields` of the settings, and what to run
-    next. If the first name is not the default, that command needs `flags`, in which the name takes the place of {}."""
+def finish(settings: CommonSettings, fields: list[str], command: str, flags: str) -> None:
+    """The end of a stage: drops the resume state, and says what was written, to the names in these `fields`, and what
+    to run next. If the first name is not the default, that needs `flags`, in which the name takes the place of {}."""
     names = [getattr(settings, field) for field in fields]
+    if processes()[0] == 0:
+        (Path(settings.out) / names[0]).with_suffix(".state.pt").unlink(missing_ok=True)
     if names[0] != getattr(type(settings), fields[0]):
         command += " " + flags.format(shlex.quote(names[0]))
     if settings.out != "out":
@@ -1827,9 +1845,11 @@ def main() -> None:
             batch_loss = -logprobs.sum() / int(pairs.lengths[indices, 1].sum())
             batch_loss.backward()
             loss += batch_loss.detach()
-        grad_norm = training.update()
+        grad_norm = training.optimize()
         tokens_read = int(pairs.lengths[indices, :2].sum())
         training.log(("loss",), "pairs", len(documents), tokens_read, loss=summed(loss).item(), grad_norm=grad_norm)
+
+    save_model(settings, policy, tokenizer)
 
     # 4. How well it predicts held-back responses.
     if test:
@@ -1838,7 +1858,7 @@ def main() -> None:
             total = sum(policy.logprobs(batch)[0].sum() for batch in pack(documents, device))
         loss = -summed(total).item() / test.lengths[:, 1].sum().item()
         print(f"test loss {loss:.3f} nats a token (perplexity {math.exp(loss):.2f})")
-    training.finish(policy, tokenizer, "python reward.py", "--init {} --save NAME.pt")
+    finish(settings, ["save"], "python reward.py", "--init {} --save NAME.pt")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from model import (
-    GPT, Tokenizer, Training, TrainingSettings, flag, generate, gold_reward, load_model, load_pairs, mixed_seed, pack,
-    parse_settings, require_room, run_command, settle, summed,
+    GPT, Tokenizer, Training, TrainingSettings, finish, flag, generate, gold_reward, load_model, load_pairs, mixed_seed,
+    pack, parse_settings, require_room, run_command, save_model, settle, summed,
 )
 from reward import RewardModel
 
@@ -244,7 +244,7 @@ def main() -> None:
         history, grad_norms = [], []
         for rows in itertools.chain(*passes):
             history.append(update(settings, rollout, rows, advantages, returns, policy, critic))
-            grad_norms.append(training.update())
+            grad_norms.append(training.optimize())
 
         metrics = {name: sum(float(one[name]) for one in history) / len(history) for name in history[0]}
         metrics |= {"updates": len(history), **rollout_metrics(rollout, returns, tokenizer, pairs.source)}
@@ -253,7 +253,8 @@ def main() -> None:
         training.log(shown, "episodes", len(prompts), int(rollout.lengths.sum()), **metrics, grad_norm=grad_norm)
 
     # 5. Save.
-    training.finish(policy, tokenizer, "python evaluate.py", "--policies sft.pt {}")
+    save_model(settings, policy, tokenizer)
+    finish(settings, ["save"], "python evaluate.py", "--policies sft.pt {}")
 
 
 if __name__ == "__main__":

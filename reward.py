@@ -12,17 +12,15 @@ to a constant; afterwards they are shifted so that the training responses' mean 
     python reward.py
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from model import (
-    GPT, Packed, Pairs, Training, TrainingSettings, UserError, choose_device, flag, load_model, load_pairs, mixed_seed,
-    pack, parse_settings, prepare_model, run_command, settle, summed,
+    GPT, Packed, Pairs, Training, TrainingSettings, UserError, choose_device, finish, flag, load_model, load_pairs,
+    mixed_seed, pack, parse_settings, prepare_model, run_command, save_model, settle, summed,
 )
 
 
@@ -48,7 +46,7 @@ class RewardModel(nn.Module):
         super().__init__()
         self.trunk, self.config, self.head = trunk, trunk.config, nn.Linear(trunk.config.dim, 1)
         # Huang et al. 2024 (arXiv 2403.17031) traced this start to the first RLHF code: first rewards of order 1.
-        nn.init.normal_(self.head.weight, std=1 / math.sqrt(trunk.config.dim + 1))
+        nn.init.normal_(self.head.weight, std=1 / (trunk.config.dim + 1) ** 0.5)
         nn.init.zeros_(self.head.bias)
 
     def read(self, batch: Packed, places: Tensor) -> Tensor:
@@ -61,9 +59,8 @@ class RewardModel(nn.Module):
 
 
 def bradley_terry_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """−log σ(r_chosen − r_rejected) of each pair, in nats: [n], [n] → [n]. Stiennon et al. 2020 (arXiv 2009.01325),
-    section 3.4."""
-    return -F.logsigmoid(chosen_rewards - rejected_rewards)
+    """−log σ(r_chosen − r_rejected) of each pair, in nats: [n], [n] → [n]. Stiennon et al. 2020, section 3.4."""
+    return -nn.functional.logsigmoid(chosen_rewards - rejected_rewards)
 
 
 @torch.no_grad()
@@ -93,25 +90,22 @@ def ranking_accuracy(rewards: Tensor) -> float:
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
     """95% interval of a share observed in `count` trials (Wilson 1927)."""
     z, shrink = 1.96, 1 / (1 + 1.96**2 / count)
-    centre, spread = share + z * z / (2 * count), math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    centre, spread = share + z * z / (2 * count), (share * (1 - share) / count + (z / (2 * count)) ** 2) ** 0.5
     return max(0.0, (centre - z * spread) * shrink), min(1.0, (centre + z * spread) * shrink)
 
 
 def calibration(rewards: Tensor) -> list[tuple[float, float, int]]:
-    """(predicted, observed, pairs) in bins of the prediction, for labelled pairs [n, 2]: how often the side that the
-    model ranks first is the chosen one, so from 50% up. (A pair and its mirror image say the same.)"""
-    chosen, rejected = rewards.unbind(1)
-    predicted, observed = (chosen - rejected).abs().sigmoid(), wins(chosen, rejected).double()
+    """(predicted, observed, pairs) by prediction, for pairs [n, 2]: how often the side ranked first is chosen."""
+    predicted, observed = rewards.diff(dim=1)[:, 0].abs().sigmoid(), wins(*rewards.unbind(1)).double()
     bins = (10 * predicted - 5).long().clamp(0, 4)
     found = [bins == number for number in range(5)]
     return [(predicted[one].mean().item(), observed[one].mean().item(), int(one.sum())) for one in found if one.any()]
 
 
 def report(rewards: Tensor, gold: Tensor | None) -> None:
-    """Prints accuracy on labelled pairs, and calibration: predicted against observed preference by reward gap."""
+    """Prints accuracy on labelled pairs [n, 2], and calibration: predicted against observed preference."""
     low, high = wilson_interval(ranking_accuracy(rewards), len(rewards))
-    accuracy = f"{ranking_accuracy(rewards):.1%} (95% interval {low:.1%} to {high:.1%}, {len(rewards)} pairs)"
-    print(f"test accuracy {accuracy}")
+    print(f"test accuracy {ranking_accuracy(rewards):.1%} (95% interval {low:.1%} to {high:.1%}, {len(rewards)} pairs)")
     if gold is not None:
         print(f"the toy world's gold reward itself scores {ranking_accuracy(gold):.1%} on these noisy labels")
     print("calibration: the side that the model ranks first is the chosen one …")
@@ -142,17 +136,15 @@ def main() -> None:
             batch_loss.backward()
             loss += batch_loss.detach()
             accuracy += (chosen_rewards > rejected_rewards).sum() / len(documents)
-        metrics = {"grad_norm": training.update(), "loss": summed(loss).item(), "accuracy": summed(accuracy).item()}
-        tokens = int(pairs.lengths[indices].sum())
-        training.log(("loss", "accuracy"), "pairs", len(documents), tokens, **metrics)
+        metrics = {"grad_norm": training.optimize(), "loss": summed(loss).item(), "accuracy": summed(accuracy).item()}
+        training.log(("loss", "accuracy"), "pairs", len(documents), int(pairs.lengths[indices].sum()), **metrics)
 
-    # 3. Shift: mean reward 0 over the training responses.
+    # 3. Shift: mean reward 0 over the training responses. Save, and report on held-back pairs.
     with torch.no_grad():
         model.head.bias -= score_pairs(model, pairs, device).mean().item()
-
-    # 4. Report on held-back pairs, and save.
+    save_model(settings, model, tokenizer)
     report(score_pairs(model, test, device), test.gold)
-    training.finish(model, tokenizer, "python split.py", "--init {} --easy EASY_NAME.pt --hard HARD_NAME.pt")
+    finish(settings, ["save"], "python split.py", "--init {} --easy EASY_NAME.pt --hard HARD_NAME.pt")
 
 
 if __name__ == "__main__":

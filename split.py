@@ -27,8 +27,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    GPT, CommonSettings, DroppedRow, Pairs, UserError, choose_device, flag, generate, gold_reward,
-    load_model, load_pairs, mixed_seed, parse_settings, require_parts, run_command, say_next, settle, write_text,
+    GPT, CommonSettings, DroppedRow, Pairs, UserError, choose_device, finish, flag, generate, gold_reward, load_model,
+    load_pairs, mixed_seed, parse_settings, require_parts, run_command, settle, write_file,
 )
 from reward import RewardModel, ranking_accuracy, score_pairs, wins
 
@@ -172,18 +172,19 @@ def main() -> None:
         pairs.rewards = score_pairs(model, pairs, device)
     gaps = reward_gaps(pairs.rewards, settings.gap)
     easy, threshold = easy_mask(gaps, settings.fraction, settings.threshold)
-    wrong = None if pairs.gold is None else pairs.gold[:, 0] < pairs.gold[:, 1]
-    print(f"reward gaps of {len(pairs)} pairs, γ = {threshold:.3f}:\n{histogram(gaps, wrong, threshold)}")
     if settings.by == "random":
         generator = torch.Generator().manual_seed(mixed_seed(settings.seed, 0))
         easy = easy[torch.randperm(len(pairs), generator=generator)]
+    parts = {"easy": pairs.select(easy.nonzero()[:, 0]), "hard": pairs.select((~easy).nonzero()[:, 0])}
 
-    # 3. Report and write.
-    for name, which in (("easy", easy), ("hard", ~easy)):
-        part = pairs.select(which.nonzero()[:, 0])
-        print(describe(name, part))
+    # 3. Write and report.
+    for name, part in parts.items():
         part.save(settings, getattr(settings, name))
-    say_next(settings, ["easy", "hard"], "python dpo.py", "--data {} --save NAME.pt")
+    wrong = None if pairs.gold is None else pairs.gold[:, 0] < pairs.gold[:, 1]
+    print(f"reward gaps of {len(pairs)} pairs, γ = {threshold:.3f}:\n{histogram(gaps, wrong, threshold)}")
+    for name, part in parts.items():
+        print(describe(name, part))
+    finish(settings, ["easy", "hard"], "python dpo.py", "--data {} --save NAME.pt")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from evaluate import aligned, differences, mean_and_error
-from model import UserError, flag, parse_settings, read_log, run_command, write_text
+from model import UserError, flag, parse_settings, read_log, run_command, write_file
 
 # Row: the commands that make its policy, which the last of them saves. Equal budgets: DPO takes 64 steps of 64 pairs,
 # over all rounds of a method with rounds, and PPO 32 of 128 prompts, unless the name says otherwise.
@@ -174,7 +174,7 @@ def run_folder(run: Run, threads: int, stop: threading.Event, bar: tqdm) -> None
                 process.send_signal(signal.SIGINT)
             entry["done"] = process.wait() == 0
             entry["seconds"] += time.perf_counter() - began
-            write_text(run.folder / "commands.json", json.dumps(run.record, indent=1) + "\n")
+            write_file(run.folder / "commands.json", json.dumps(run.record, indent=1) + "\n")
             if not entry["done"] and not stop.is_set():
                 last = log.read_text("utf-8", "replace").splitlines()[-1]
                 raise UserError(f"{command} in {run.folder} ended with code {process.returncode}: {last} (see {log})")
@@ -315,7 +315,7 @@ def main() -> None:
         print("\ngold reward by the share of wrong labels (of pairs with a better side, whatever the gap), mean ± "
               f"standard error over {len(noisy[NOISE[0]])} seeds\n{noise_table(noise)}")
     content = {"seeds": list(seeds), "methods": numbers, "wrong_labels": noise}
-    write_text(folder / "study.json", json.dumps(content, indent=1, default=torch.Tensor.tolist) + "\n")
+    write_file(folder / "study.json", json.dumps(content, indent=1, default=torch.Tensor.tolist) + "\n")
     if settings.figure:
         draw_figures(folder, numbers, curves, noise)
 

@@ -50,9 +50,11 @@ MEASURES = ["gold_reward", "reward", "win_rate_vs_chosen", "win_rate_vs_sft", "k
 
 
 def run(command: str, out: Path, *flags, hooks: tuple = ()) -> SimpleNamespace:
-    """Runs a command in this process, with its quick flags and then these: its exit code, stdout and stderr. A hook is
-    (function, number, action): the action comes just before that call, counted from 1, of the function named."""
-    code, screen, errors, limit = 0, io.StringIO(), io.StringIO(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    """Runs a command in this process, with its quick flags and then these: its exit code, and what it writes to a
+    terminal that has no γ as stdout and stderr. A hook is (function, number, action): the action comes just before that
+    call, counted from 1, of the function named."""
+    code, limit = 0, resource.getrlimit(resource.RLIMIT_FSIZE)
+    screen, errors = (io.TextIOWrapper(io.BytesIO(), "latin-1") for _ in range(2))
     flags = [*CHAIN[command].split(), "--device", "cpu", "--out", out, *flags]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{command}.py", *map(str, flags)])
@@ -66,7 +68,8 @@ def run(command: str, out: Path, *flags, hooks: tuple = ()) -> SimpleNamespace:
                 code = stop.code
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    return SimpleNamespace(code=code, out=screen.getvalue(), err=errors.getvalue())
+    screen.seek(0), errors.seek(0)
+    return SimpleNamespace(code=code, out=screen.read(), err=errors.read())
 
 
 def before_call(function, number: int, action):
@@ -84,6 +87,14 @@ def before_call(function, number: int, action):
 def send(number: int):
     """An action that sends this process a signal."""
     return lambda: os.kill(os.getpid(), number)
+
+
+def fail(kind: type, text: str):
+    """An action that raises an error."""
+    def action():
+        raise kind(text)
+
+    return action
 
 
 def succeed(command: str, out: Path, *flags) -> str:
@@ -140,8 +151,8 @@ def toy(tmp_path_factory) -> SimpleNamespace:
     (folder / "cwd").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder / "cwd")
-        printed = {command: succeed(command, folder / "out") for command in CHAIN}
-    return SimpleNamespace(folder=folder, out=folder / "out", printed=printed)
+        printed = {command: succeed(command, folder / "my out") for command in CHAIN}
+    return SimpleNamespace(folder=folder, out=folder / "my out", printed=printed)
 
 
 @pytest.fixture(scope="module")
@@ -176,26 +187,30 @@ def surroundings(tmp_path_factory, monkeypatch):
 def test_the_chain_writes_these_files_and_nothing_outside_its_folder_and_says_what_comes_next(toy):
     names = [f"{name}.{ending}" for name in SAVED.values() for ending in ("pt", "jsonl")]
     names += ["pairs.pt", "test.pt", "easy.pt", "hard.pt", "evaluation.json"]
-    assert sorted(contents(toy.folder)) == sorted(f"out/{name}" for name in names)
+    assert sorted(contents(toy.folder)) == sorted(f"my out/{name}" for name in names)
     for command, following in itertools.pairwise(CHAIN):
         names = [f"{toy.out}/{name}.pt" for name in ([SAVED[command]] if command in SAVED else ["easy", "hard"])]
-        expected = f"wrote {', '.join(names)}; next: python {following}.py --out {toy.out}"
+        expected = f"wrote {', '.join(names)}; next: python {following}.py --out '{toy.out}'"
         assert toy.printed[command].splitlines()[-1] == expected
     assert toy.printed["evaluate"].splitlines()[-1] == f"wrote {toy.out}/evaluation.json"
     made = [content(path)["made"] for path in toy.out.glob("*.pt")]
     assert made[0]["data"] and all(one["data"] == made[0]["data"] for one in made)
-    assert content(toy.out / "dpo.pt")["made"]["command"] == f"dpo.py {CHAIN['dpo']} --device cpu --out {toy.out}"
+    assert content(toy.out / "dpo.pt")["made"]["command"] == f"dpo.py {CHAIN['dpo']} --device cpu --out '{toy.out}'"
 
 
 @pytest.mark.parametrize("command, flag, name", [
     ("model", "--save", "mine.pt"), ("reward", "--save", "mine.pt"), ("split", "--easy", "my pairs.pt"),
     ("dpo", "--save", "dpo_0.5.pt"), ("ppo", "--save", "mine.pt"),
 ])
-def test_the_command_that_is_suggested_next_can_be_pasted_and_reads_what_was_written(out, command, flag, name):
+def test_the_command_that_is_suggested_next_can_be_pasted_and_reads_what_was_written(
+    out, monkeypatch, command, flag, name
+):
+    monkeypatch.chdir(out.parent)
+    out = Path(out.name)  # the default, which needs no flag
     written, _, following = succeed(command, out, flag, name).splitlines()[-1].rpartition("; next: python ")
     written = Path(re.match(r"wrote ([^,]*)", written)[1])
     following, *flags = shlex.split(following)
-    assert written.name == Path(name).name and any(Path(flag).name == written.name for flag in flags)
+    assert written == out / name and name in flags and "--out" not in flags
     assert flag != "--save" or len(log(out / name.replace(".pt", ".jsonl"))) == 6
     succeed(following.removesuffix(".py"), out, *flags)
 
@@ -221,18 +236,6 @@ def test_the_evaluation_has_every_measure_of_every_policy(toy, other):
         for row, name, end in itertools.product(rows.values(), MEASURES, ("", "_se", "_low", "_high")):
             assert math.isfinite(row[name + end]) if gold or name != "gold_reward" else row[name + end] is None
         assert ("gold_reward" in log(out / "ppo.jsonl")[0]) == gold
-
-
-def test_a_command_typed_in_the_checkout_writes_to_out_alone_whatever_the_terminal_can_show(out, tmp_path):
-    for source in REPOSITORY.glob("*.py"):
-        shutil.copy(source, tmp_path)
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONIOENCODING": "ascii"}  # which has no γ
-    before, line = contents(tmp_path), [sys.executable, "split.py", "--easy", "my_easy.pt", "--hard", "my_hard.pt"]
-    typed = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
-    assert typed.returncode == 0, typed.stderr
-    assert typed.stdout.splitlines()[-1].startswith("wrote out/my_easy.pt, out/my_hard.pt; next: python dpo.py --data ")
-    after = contents(tmp_path)
-    assert after.keys() - before.keys() == {"out/my_easy.pt", "out/my_hard.pt"} and after | before == after
 
 
 @pytest.mark.parametrize("command, name", SAVED.items())
@@ -272,6 +275,8 @@ def go_on(command: str, out: Path, toy: SimpleNamespace) -> None:
     assert same_weights(out / f"{name}.pt", toy.out / f"{name}.pt")
     assert log(out / f"{name}.jsonl") == log(toy.out / f"{name}.jsonl")
     assert not [path for path in contents(out) if path.endswith((".state.pt", ".part"))]
+    line = refusal(command, out, "--resume", "--seed", 3)  # the seed: model.py keeps its old pairs.pt all the same
+    assert f"{out}/{name}.state.pt: no such file" in line and "--resume" in line
 
 
 @pytest.mark.parametrize("command, number", list(zip(SAVED, [signal.SIGTERM, signal.SIGINT] * 2, strict=True)))
@@ -285,15 +290,49 @@ def test_ctrl_c_and_sigterm_stop_after_the_step_and_resume_ends_the_same(out, to
     assert len(log(out / f"{name}.jsonl")) == 3 and not (out / f"{name}.pt").exists()
     (group,) = content(out / f"{name}.state.pt")["optimizer"]["param_groups"]
     assert group["eps"] == (1e-5 if command == "ppo" else 1e-8)  # PPO's as in OpenAI Baselines
-    assert f"{name}.state.pt: a run was stopped; --resume" in refusal(command, out)
-    assert "--lr is 0.5, but the saved run had" in refusal(command, out, "--resume", "--lr", 0.5)
+    assert f"{name}.state.pt: a run was stopped, or still runs; --resume" in refusal(command, out)
+    assert "--lr is not what the saved run had: 0.5 now" in refusal(command, out, "--resume", "--lr", 0.5)
+    whole = (out / f"{name}.state.pt").read_bytes()
+    (out / f"{name}.state.pt").write_bytes(whole[:9000])
+    assert f"{name}.state.pt: damaged" in refusal(command, out, "--resume")
+    (out / f"{name}.state.pt").write_bytes(whole)
     go_on(command, out, toy)
 
 
-def test_resume_on_a_file_that_was_made_anew_is_refused(out):
-    run("dpo", out, hooks=[("model.Training.log", 3, send(signal.SIGINT))])
+def test_a_second_run_at_the_same_time_is_refused_and_resume_on_a_file_made_anew(out, toy):
+    log_step, said = "model.Training.log", []
+    hooks = [(log_step, 1, lambda: said.append(run("dpo", out))), (log_step, 6, send(signal.SIGINT)),
+             (log_step, 4, lambda: said.append(run("dpo", out, "--resume")))]
+    assert run("dpo", out, "--save-every", 2, hooks=hooks).code == 130
+    assert [(one.code, f"{out}/dpo.jsonl: another run writes it" in one.err) for one in said] == [(2, True)] * 2
+    assert log(out / "dpo.jsonl") == log(toy.out / "dpo.jsonl")
     succeed("split", out, "--fraction", 0.4)
-    assert "easy.pt is not the file that the saved run read" in refusal("dpo", out, "--resume")
+    assert "easy.pt is not what the saved run had" in refusal("dpo", out, "--resume")
+
+
+@pytest.mark.parametrize("command, prints, call, names", [
+    ("model", "model.pack", 7, ["sft.pt"]), ("reward", "reward.report", 1, ["reward.pt"]),  # pack: after six steps
+    ("split", "split.histogram", 1, ["easy.pt", "hard.pt"]),
+])
+def test_results_are_saved_before_they_are_printed(out, toy, command, prints, call, names):
+    for name in names:
+        (out / name).unlink()
+    assert "no terminal" in complaint(run(command, out, hooks=[(prints, call, fail(OSError, "no terminal"))]))
+    assert all(content(out / name)["kind"] for name in names)
+    if command in SAVED:
+        go_on(command, out, toy)
+
+
+@pytest.mark.parametrize("action, remedy", [
+    (lambda: torch.empty(2**60, device="cpu"), "out of memory; --grad-checkpoint"),
+    (lambda: bytearray(2**60), "out of memory"), (fail(torch.OutOfMemoryError, "CUDA out of memory."), "out of memory"),
+    (fail(RuntimeError, "No working C++ compiler found in x"), "no C++ compiler; install one"),
+])
+def test_what_the_machine_lacks_is_said_in_one_line(out, action, remedy):
+    for place in ("model.Config", "dpo.pack"):  # while a file is read, and in training
+        assert remedy in complaint(run("dpo", out, hooks=[(place, 1, action)]))
+    with pytest.raises(RuntimeError, match="our mistake"):
+        run("dpo", out, hooks=[("dpo.pack", 1, fail(RuntimeError, "our mistake"))])
 
 
 @pytest.mark.parametrize("command, name, times", [
@@ -306,12 +345,6 @@ def test_ctrl_c_before_training_and_a_second_one_stop_at_once(out, command, name
     assert result.code == 130 and result.err.endswith("stopped\n") and "Traceback" not in result.err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert contents(out) | {"dpo.jsonl": b""} == before | {"dpo.jsonl": b""}
-
-
-def test_ctrl_c_after_the_last_step_loses_none(out, toy):
-    assert run("reward", out, hooks=[("reward.score_pairs", 1, send(signal.SIGINT))]).code == 130
-    assert content(out / "reward.state.pt")["step"] == 6
-    go_on("reward", out, toy)
 
 
 def test_ctrl_c_in_the_middle_of_a_write_is_no_failed_write(out, toy, monkeypatch):
@@ -331,9 +364,9 @@ def die_in_the_next_write() -> None:
 
 
 KILLS = {  # when a run dies: a hook, steps logged by then, and the step of the state
-    "in a step": (("model.Training.log", 4, send(signal.SIGKILL)), 3, 2),
-    "in a save": (("model.Training.save_state", 2, die_in_the_next_write), 4, 2),
-    "in the last save": (("model.save_model", 1, die_in_the_next_write), 6, 6),
+    "in a step": ("model.Training.log", 4, send(signal.SIGKILL), 3, 2),
+    "in a save": ("model.Training.save_state", 2, die_in_the_next_write, 4, 2),
+    "in the last save": ("{}.save_model", 1, die_in_the_next_write, 6, 6),
 }
 
 
@@ -342,7 +375,8 @@ def be_killed(folder: Path) -> None:
     importlib.import_module("torch._dynamo")  # once, not in each fork
     for command, when in itertools.product(SAVED, KILLS):
         if os.fork() == 0:
-            run(command, folder / command / when, "--save-every", 2, hooks=[KILLS[when][0]])
+            name, number, action, *_ = KILLS[when]
+            run(command, folder / command / when, "--save-every", 2, hooks=[(name.format(command), number, action)])
             os._exit(1)
         assert os.WTERMSIG(os.wait()[1]) == signal.SIGKILL, (command, when)
 
@@ -359,7 +393,7 @@ def killed(toy, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("command, when", list(itertools.product(SAVED, KILLS)))
 def test_a_killed_run_leaves_whole_files_and_goes_on_from_its_last_state(killed, toy, command, when):
-    out, name, (_, logged, step) = killed / command / when, SAVED[command], KILLS[when]
+    out, name, (*_, logged, step) = killed / command / when, SAVED[command], KILLS[when]
     assert content(out / f"{name}.state.pt")["step"] == step and len(log(out / f"{name}.jsonl")) == logged
     assert all(content(path)["kind"] for path in out.glob("*.pt")) and not (out / f"{name}.pt").exists()
     with (out / f"{name}.jsonl").open("ab") as file:
@@ -367,18 +401,9 @@ def test_a_killed_run_leaves_whole_files_and_goes_on_from_its_last_state(killed,
     go_on(command, out, toy)
 
 
-@pytest.mark.parametrize("command", SAVED)
-def test_resume_without_a_state_is_refused(out, command):
-    name = f"{SAVED[command]}.state.pt"
-    line = refusal(command, out, "--resume", "--seed", 3)  # the seed: model.py keeps its old pairs.pt all the same
-    assert f"{out}/{name}: no such file" in line and "--resume" in line
-    (out / name).write_bytes((out / "sft.pt").read_bytes()[:9000])
-    assert f"{name}: damaged" in refusal(command, out, "--resume")
-
-
 # ---- A full disk, and folders that cannot be written to or are gone ----
 
-FULL = [(command, f"{name}.pt", "model.save_model", 1, 10_000, 6) for command, name in SAVED.items()]
+FULL = [(command, f"{name}.pt", f"{command}.save_model", 1, 10_000, 6) for command, name in SAVED.items()]
 FULL += [("dpo", "dpo.state.pt", "model.Training.save_state", 2, size, 2) for size in (0, 20_000, 100_000)]
 FULL += [("dpo", "dpo.jsonl", "model.Training.log", 4, 40, 2), ("model", "pairs.pt", "model.save", 1, 5000, None)]
 
@@ -452,7 +477,14 @@ def test_a_bare_name_is_looked_up_in_out_then_here_and_one_with_a_slash_is_a_pat
     succeed("dpo", out, "--data", "mine.pt")
     shutil.copy(out / "sft.pt", out / "mine.pt")
     assert f"{out}/mine.pt: holds a policy" in refusal("dpo", out, "--data", "mine.pt")
-    succeed("dpo", out, "--data", "./mine.pt")
+    for path in ("./mine.pt", f"../{Path.cwd().name}/mine.pt"):
+        succeed("dpo", out, "--data", path)
+
+
+@pytest.mark.parametrize("number, shown", [("-1e-1", "-0.100"), ("-.5", "-0.500"), ("-2", "-2.000"), ("1e-1", "0.100")])
+def test_a_threshold_is_a_number_in_any_notation(out, number, shown):
+    assert f" = {shown}:" in succeed("split", out, "--threshold", number)
+    assert "out of bounds" in refusal("split", out, "--threshold", "-inf")
 
 
 @pytest.mark.parametrize("flags", [
@@ -489,18 +521,21 @@ def test_prompts_typed_are_answered_until_end_of_input_and_nothing_is_written(to
 
 
 @pytest.mark.parametrize("command", CHAIN)
-def test_help_of_a_script_names_every_flag_with_a_text_and_its_default(monkeypatch, capsys, command):
+def test_help_of_a_script_names_every_flag_with_a_text_and_its_default(monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(sys, "argv", [f"{command}.py", "--help"])
-    with pytest.raises(SystemExit, match="0"):
+    screen = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    with pytest.raises(SystemExit, match="0"), contextlib.redirect_stdout(screen):
         runpy.run_path(REPOSITORY / f"{command}.py", run_name="__main__")
-    printed = capsys.readouterr()
-    assert not printed.err and f"python {command}.py" in printed.out
-    entries = re.split(r"\n  (?=--)", printed.out.partition("\noptions:\n")[2])[1:]
+    screen.seek(0)
+    printed = screen.read()
+    assert f"python {command}.py" in printed
+    entries = re.split(r"\n  (?=--)", printed.partition("\noptions:\n")[2])[1:]
     entries = {re.match(r"--[\w-]+", entry)[0]: " ".join(entry.split()) for entry in entries}
     for field in fields(importlib.import_module(command).Settings):
         entry, default = entries["--" + field.name.replace("_", "-")], field.metadata["default"]
-        assert field.metadata["help"] in entry and (default is None or f"[{default}" in entry), field.name
+        text = field.metadata["help"].encode("latin-1", "replace").decode("latin-1")
+        assert text in entry and (default is None or f"[{default}" in entry), field.name
     assert command != "dpo" or entries["--lr"] == "--lr LR peak learning rate [5e-05, pretrained 5e-07]"
 
 

@@ -769,13 +769,13 @@ def test_two_updates_by_hand_and_one_that_is_not_finite(tmp_path):
     training = training_of(tmp_path, eps=1.0, lr=1.0, warmup=0.5, clip=1.0, steps=4)
     weight, training.indices = training.model.weight, []
     weight.grad = torch.tensor([[3.0, 4.0]])
-    assert training.update() == pytest.approx(5.0) and weight.grad is None
+    assert training.optimize() == pytest.approx(5.0) and weight.grad is None
     close(weight.detach(), torch.tensor([[1 - 0.1875, 1 - 0.222222]]))
     training.step, weight.grad, training.indices = 1, torch.zeros(1, 2), [31, 4]
-    assert training.update() == 0.0
+    assert training.optimize() == 0.0
     weight.grad = torch.tensor([[1.0, math.nan]])
     with pytest.raises(UserError, match=r"step 1: the gradient is not finite, on .*pairs 4 31"):
-        training.update()
+        training.optimize()
     with pytest.raises(UserError, match="step 1: the loss is not finite"):
         training.log(("loss",), "pairs", 1, 1, kl=1.0, loss=math.inf)
     close(weight.detach(), torch.tensor([[1 - 0.1875 - 0.200319, 1 - 0.222222 - 0.243166]]))
@@ -791,6 +791,7 @@ def test_a_loop_gives_the_steps_and_writes_a_log(tmp_path):
         assert (line["step"], line["loss"], line["tokens_per_second"]) == (step, step / 2, 30 / line["seconds"])
         assert line["lr"] == pytest.approx([2e-3, 2e-3, 1.5e-3, 1e-3, 5e-4][step]) and 10 < line["peak_memory_mb"] < 1e5
     log.write_text(log.read_text() + '{"step": 5, "lo')
+    del training  # the log's lock with it
     assert len(read_log(log)) == 5 and training_of(tmp_path) and read_log(log) == []
 
 

@@ -40,10 +40,10 @@ from model import (
 from reward import RewardModel, calibration, score_pairs, wilson_interval, wins
 
 TITLES = {"sft": "SFT", "dpo": "DPO", "ppo": "MPO"}  # what the default checkpoints are called in tables
-ENDS = "", "_se", "_low", "_high"  # of a mean, its standard error and its interval, in evaluation.json
+# How tables show {mean, standard error, low, high}; what FORMS does not list is a share.
 ROUGH, SHARE = "{0:.1f} ± {1:.1f}", "{0:.0%} ({2:.0%} to {3:.0%})"
 FORMS = {"gold_reward": "{0:.2f} ({2:.2f} to {3:.2f})", "reward": "{0:.2f} ± {1:.2f}", "kl": ROUGH, "length": ROUGH,
-         "length_controlled": "{0:.0%} ± {1:.0%}", "lead": "{0:+.2f} ({2:+.2f} to {3:+.2f})"}  # all else are shares
+         "length_controlled": "{0:.0%} ± {1:.0%}", "lead": "{0:+.2f} ({2:+.2f} to {3:+.2f})"}
 RIDGE = 0.001  # keeps the weights of a regression finite where one side always wins
 
 
@@ -87,15 +87,15 @@ def answer(settings: Settings, pairs: Pairs, policy: GPT, sft: GPT, reward: Rewa
     texts, gold = [tokenizer.decode(response) for response in responses], []
     if pairs.source == "toy":
         gold = [gold_reward(tokenizer.decode(prompt), text) for prompt, text in zip(prompts, texts, strict=True)]
-    kl, rewards = torch.zeros(len(pairs)), torch.zeros(len(pairs))  # [n]
+    measured = torch.zeros(2, len(pairs))
+    kl, rewards = measured  # [n] each
     for batch in pack(list(zip(prompts, responses, strict=True)), policy.embedding.weight.device):
         # At temperature 1, whatever the answers were sampled at: the distributions that the models define.
         log_ratio = policy.logprobs(batch, 1.0)[0] - sft.logprobs(batch, 1.0)[0]  # [N]
         members = batch.members.cpu()  # [documents], each an index into prompts
         kl.index_add_(0, members[batch.sequence.cpu()], log_ratio.cpu())
         rewards[members] = reward.score(batch).cpu()
-    kl, rewards = summed(kl), summed(rewards)
-    if not (kl + rewards).isfinite().all():
+    if not summed(measured).isfinite().all():
         raise UserError("not all rewards and log-probs of a policy's answers are finite")
     return [text.strip() for text in texts], {
         "gold_reward": torch.tensor(gold), "reward": rewards, "kl": kl,
@@ -109,19 +109,17 @@ def summarise(columns: dict[str, Tensor]) -> dict[str, float | None]:
     proportional to cos(θ)^(n − 2), which is summed here over θ > 0."""
     summary = {}
     for name, values in columns.items():
-        count, mean, error, interval = len(values), None, None, (None, None)
-        if count > 0:
-            mean = values.double().mean().item()
-        if count > 1:
-            error = values.double().std().item() / math.sqrt(count)
+        count, low, high = len(values), None, None
+        mean = values.double().mean().item() if count > 0 else None
+        error = values.double().std().item() / math.sqrt(count) if count > 1 else None
         if count > 0 and name.partition("_vs_")[0] not in FORMS:
-            interval = wilson_interval(mean, count)
+            low, high = wilson_interval(mean, count)
         elif count > 1:
             angle = torch.linspace(0, math.pi / 2, 50_001, dtype=torch.float64)
             mass = torch.cumulative_trapezoid(angle.cos() ** (count - 2), angle)
             half = math.sqrt(count - 1) * math.tan(np.interp(0.95 * mass[-1], mass, angle[1:])) * error
-            interval = mean - half, mean + half
-        summary |= zip([f"{name}{end}" for end in ENDS], [mean, error, *interval], strict=True)
+            low, high = mean - half, mean + half
+        summary |= {name: mean, f"{name}_se": error, f"{name}_low": low, f"{name}_high": high}
     return summary
 
 
@@ -152,16 +150,14 @@ def aligned(rows: list[list[str]]) -> str:
 
 def table(summaries: dict[str, dict[str, float | None]], keys: list[str]) -> str:
     """The summaries as a table with a row each and a column for each of the keys; – for what is not known."""
-    rows = [["policy"]]
-    for key in keys:
-        measure, versus, opponent = key.replace("_", " ").partition(" vs ")
-        rows[0].append(measure + versus + TITLES.get(opponent, opponent))
+    rows = [["policy", *(key.replace("_", " ").replace("sft", "SFT") for key in keys)]]
     for name, summary in summaries.items():
         rows.append([TITLES.get(name, name)])
         for key in keys:
-            form = FORMS.get(key.partition("_vs_")[0], SHARE) if summary[key] is not None else "–"
-            numbers = [math.nan if summary[f"{key}{end}"] is None else summary[f"{key}{end}"] for end in ENDS]
-            rows[-1].append(re.sub(r"\+?nan", "–", form.format(*numbers)))
+            numbers = [summary[f"{key}{end}"] for end in ("", "_se", "_low", "_high")]
+            form = "–" if numbers[0] is None else FORMS.get(key.partition("_vs_")[0], SHARE)
+            text = form.format(*(math.nan if number is None else number for number in numbers))
+            rows[-1].append(re.sub(r"\+?nan", "–", text))
     return aligned(rows)
 
 
@@ -394,8 +390,7 @@ def main() -> None:
     # 1. Settings; what is no comparison ends here.
     settings = parse_settings(Settings, __doc__)
     if settings.export is not None:
-        name, folder = settings.export
-        return export_model(find_file(settings, name), Path(folder))
+        return export_model(find_file(settings, settings.export[0]), Path(settings.export[1]))
     if settings.prompt is not None:
         return talk(settings)
 
@@ -421,9 +416,9 @@ def main() -> None:
                  "sft": answers.get(settings.sft.removesuffix(".pt")) or answer(settings, pairs, sft, sft, reward)}
 
     # 4. Who wins, also against the last policy, paired by prompt.
-    last, summaries, path = list(answers)[-1], {}, Path(settings.out) / settings.save
+    summaries, path = {}, Path(settings.out) / settings.save
     for name, (_, columns) in answers.items():
-        for opponent, (_, theirs) in {last: answers[last], **opponents}.items():
+        for opponent, (_, theirs) in {**opponents, "last": list(answers.values())[-1]}.items():
             won, longer = wins(columns[judged], theirs[judged]), columns["length"] - theirs["length"]
             columns |= {f"win_rate_vs_{opponent}": won, f"lead_vs_{opponent}": columns[judged] - theirs[judged],
                         f"length_controlled_vs_{opponent}": length_controlled(won, longer)}
@@ -433,10 +428,10 @@ def main() -> None:
     # 5. The tables, the picture, the judge.
     best = "" if pairs.gold is None else f"; the best gold reward possible is {TOY_BEST_REWARD}"
     prompts = [pairs.tokenizer.decode(prompt).strip() for prompt, _, _ in pairs]
-    versus = [f"win_rate_vs_{one}" for one in ("chosen", "sft", last)] + ["length_controlled_vs_sft", f"lead_vs_{last}"]
+    versus = ["win_rate_vs_chosen", "win_rate_vs_sft", "length_controlled_vs_sft", "win_rate_vs_last", "lead_vs_last"]
     print(f"{len(pairs)} test prompts; mean ± standard error, or (95% interval){best}\n"
           f"{table(summaries, ['gold_reward', 'reward', 'kl', 'length', 'ended'])}\n\nwho wins by "
-          f"{judged.replace('_', ' ')}; length controlled: as if equally long\n{table(summaries, versus)}")
+          f"{judged.replace('_', ' ')}; length controlled: as if equally long; last: the last policy\n{table(summaries, versus)}")
     for index in range(min(settings.samples, len(pairs))):
         print(f"\n{prompts[index]}")
         for name, (given, columns) in answers.items():

@@ -51,29 +51,21 @@ def out(tmp_path):
     return tmp_path
 
 
-def test_kl_is_the_sum_of_log_ratios_at_temperature_1():
-    """Though the answers are sampled at 0.7. The same seed samples the same answers here. SFT has none from itself."""
-    responses = generate(OTHER, PROMPTS, END, 10, 0.7, mixed_seed(3, 500_000))
-    expected = [(plain_logprobs(OTHER, *both) - plain_logprobs(SFT, *both)).sum().item()
-                for both in zip(PROMPTS, responses, strict=True)]
-    texts, columns = answer(SETTINGS, four_pairs(), OTHER, SFT, SCORER)
-    assert min(map(abs, expected)) > 0.1 and columns["kl"].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-4)
-    assert texts == [LETTERS.decode(response).strip() for response in responses]
-
-
 @pytest.mark.parametrize("source", ["toy", "hh"])
-def test_answers_hold_text_gold_reward_length_and_end_of_each_prompt(monkeypatch, source):
-    """Fixed answers, in another order of length than packing's: one helpful, one cut off, one empty, one polite."""
-    texts = [" Sand the chair first.", " What a", "", " Great question!"]
+def test_answers_hold_text_gold_reward_length_and_end_of_each_prompt_and_kl_at_temperature_1(monkeypatch, source):
+    """Fixed answers, in another order of length than packing's: one helpful, one cut off, one empty, one polite. KL is
+    the sum of log-ratios at temperature 1, though they are sampled at 0.7."""
+    texts, asked = [" Sand the chair first.", " What a", "", " Great question!"], []
     responses = [torch.tensor(LETTERS.encode(text) + [END] * (text != " What a")) for text in texts]
-    monkeypatch.setattr(evaluate, "generate", lambda *_: responses)
-    given, columns = answer(SETTINGS, four_pairs(source), SFT, SFT, SCORER)
-    rewards = [plain_score(SCORER, *both).item() for both in zip(PROMPTS, responses, strict=True)]
-    expected = {"length": [23, 7, 1, 17], "ended": [1, 0, 1, 1], "reward": rewards, "kl": [0] * 4,
-                "gold_reward": [1.0, -0.25, 0.0, 0.5] if source == "toy" else []}
-    assert given == [text.strip() for text in texts]
+    monkeypatch.setattr(evaluate, "generate", lambda _, prompts, *how: asked.extend(how) or responses)
+    given, columns = answer(SETTINGS, four_pairs(source), OTHER, SFT, SCORER)
+    both = list(zip(PROMPTS, responses, strict=True))
+    kl = [(plain_logprobs(OTHER, *one) - plain_logprobs(SFT, *one)).sum().item() for one in both]
+    expected = {"length": [23, 7, 1, 17], "ended": [1, 0, 1, 1], "reward": [plain_score(SCORER, *one) for one in both],
+                "kl": kl, "gold_reward": [1.0, -0.25, 0.0, 0.5] if source == "toy" else []}
+    assert asked == [END, 10, 0.7, mixed_seed(3, 500_000)] and given == [text.strip() for text in texts]
     for name, column in columns.items():
-        assert column.tolist() == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+        assert column.tolist() == pytest.approx(torch.tensor(expected[name]).tolist(), rel=1e-4, abs=1e-4), name
     monkeypatch.setattr(SCORER, "score", lambda batch: torch.full((len(batch.last),), math.inf))
     with pytest.raises(UserError, match="finite"):
         answer(SETTINGS, four_pairs(), SFT, SFT, SCORER)
@@ -82,27 +74,22 @@ def test_answers_hold_text_gold_reward_length_and_end_of_each_prompt(monkeypatch
 # ---- Statistics and tables ----
 
 
-@pytest.mark.parametrize("freedom, t", [(1, 12.706), (2, 4.303), (4, 2.776), (10, 2.228), (30, 2.042), (511, 1.965)])
-def test_intervals_are_students(freedom, t):
-    """The 97.5th percentile of a table of t, in units of the standard error, around a mean of 10."""
-    mean, error, low, high = summarise({"reward": 10 + torch.arange(freedom + 1.0) - freedom / 2}).values()
-    assert [mean, (high - 10) / error, (10 - low) / error] == pytest.approx([10, t, t], abs=6e-4)
-
-
 def test_summary_and_table_by_hand():
-    """1, 2, 3, 6: variance (4 + 1 + 0 + 9) / 3 = 14/3, error √(14/3 / 4) = √(7/6). Means take Student's interval,
-    12.706 times the error of two values; shares take Wilson's; one value has no error, and none is null."""
-    assert summarise({"kl": torch.tensor([1.0, 2.0, 3.0, 6.0])})["kl_se"] == pytest.approx(math.sqrt(7 / 6))
+    """Means take Student's interval: t of a table, in units of the standard error; shares take Wilson's. The error of
+    two values is half their difference; one value has none, and none is null."""
+    for freedom, t in {1: 12.706, 2: 4.303, 4: 2.776, 10: 2.228, 30: 2.042, 511: 1.965}.items():
+        mean, error, low, high = summarise({"reward": 10 + torch.arange(freedom + 1.0) - freedom / 2}).values()
+        assert [mean, (high - 10) / error, (10 - low) / error] == pytest.approx([10, t, t], abs=6e-4)
     columns = {"reward": [0.0, 4.0], "win_rate_vs_sft": [0.5, 1.0], "gold_reward": [], "kl": [3.0], "ended": [0.0],
-               "lead_vs_ppo": [1.0, 3.0], "lead_vs_ppo_all": [-3.0]}
+               "lead_vs_last": [1.0, 3.0]}
     summary = summarise({name: torch.tensor(values) for name, values in columns.items()})
     assert list(summary) == [f"{key}{end}" for key in columns for end in ("", "_se", "_low", "_high")]
     values = list(summary.values())
     expected = [2.0, 2.0, 2 - 2 * 12.7062, 2 + 2 * 12.7062, 0.75, 0.25, *wilson_interval(0.75, 2)]
     assert values[:8] == pytest.approx(expected, rel=1e-5) and values[8:16] == [None] * 4 + [3.0, None, None, None]
     lines = table({"ppo": summary, "mine": summary}, list(columns)).split("\n")
-    row = "  2.00 ± 2.00  75% (20% to 97%)  –  3.0 ± –  0% (0% to 79%)  +2.00 (-10.71 to +14.71)  -3.00 (– to –)"
-    header = "policy  reward  win rate vs SFT  gold reward  kl  ended  lead vs MPO  lead vs ppo all"
+    row = "  2.00 ± 2.00  75% (20% to 97%)  –  3.0 ± –  0% (0% to 79%)  +2.00 (-10.71 to +14.71)"
+    header = "policy  reward  win rate vs SFT  gold reward  kl  ended  lead vs last"
     assert [re.sub("  +", "  ", line) for line in lines] == [header, f"MPO{row}", f"mine{row}"]
 
 
@@ -169,8 +156,8 @@ def test_wins_by_hand_are_saved_before_they_are_shown_then_answers_side_by_side(
             run(evaluate, "--policies mine.pt ppo.pt --save mine.json")
     rows = json.loads((out / "mine.json").read_text())
     assert (rows["ppo"]["win_rate_vs_chosen"], rows["ppo"]["win_rate_vs_sft"]) == (0.625, 0.75)
-    assert (rows["mine"]["lead_vs_ppo"], rows["mine"]["win_rate_vs_ppo"]) == (-0.375, 0.5)
-    assert rows["mine"]["lead_vs_ppo_se"] == pytest.approx(0.6884, abs=1e-4)  # paired: √(5.6875 / 3 / 4)
+    assert (rows["mine"]["lead_vs_last"], rows["mine"]["win_rate_vs_last"]) == (-0.375, 0.5)
+    assert rows["mine"]["lead_vs_last_se"] == pytest.approx(0.6884, abs=1e-4)  # paired: √(5.6875 / 3 / 4)
     for opponent, won, length in (("sft", [1.0, 1.0, 0.0, 1.0], 10), ("chosen", [1.0, 1.0, 0.0, 0.5], len(CHOSEN) + 2)):
         expected = length_controlled(torch.tensor(won), torch.tensor(lengths["ppo"]) - length).mean().item()
         assert rows["ppo"][f"length_controlled_vs_{opponent}"] == pytest.approx(expected) != sum(won) / 4
@@ -418,7 +405,7 @@ def test_command_with_a_judge_adds_its_numbers_and_goes_on_where_it_was_stopped(
         run(evaluate, flags)
     without = json.loads((out / "evaluation.json").read_text())  # the other numbers are not lost
     assert [without["sft"][key] for key in ("kl", "win_rate_vs_sft", "gold_reward")] == [0.0, 0.5, None]
-    shown = r"\A3 test prompts(.*\n)+SFT  .*%\)\n(.*\n)+\nwho wins by reward;.*\npolicy .* lead vs MPO\nSFT "
+    shown = r"\A3 test prompts(.*\n)+SFT  .*%\)\n(.*\n)+\nwho wins by reward;.*\npolicy .* lead vs last\nSFT "
     printed = capsys.readouterr().out
     assert re.search(shown, printed) and printed.count(ASKED[0]) == 1
     asking.verdict, asking.questions[:] = lambda _: "TIE", []
@@ -432,10 +419,10 @@ def test_command_with_a_judge_adds_its_numbers_and_goes_on_where_it_was_stopped(
 
 @pytest.mark.parametrize("source", ["toy", "hh"])
 def test_figure(run, monkeypatch, out, source):
-    """Three easy pairs of gap 2, one wrong by gold, and one hard of gap −1; a PPO log of two steps."""
+    """Three easy pairs of gaps 2 and 3, one wrong by gold, and one hard of gap −1; a PPO log of two steps."""
     figures = pytest.importorskip("matplotlib.figure")
     pairs, kept, drawn = four_pairs(source), figures.Figure.savefig, []
-    pairs.rewards = torch.tensor([[2.0, 0.0]] * 3 + [[0.0, 1.0]])
+    pairs.rewards = torch.tensor([[2.0, 0.0], [3.0, 0.0], [3.0, 0.0], [0.0, 1.0]])
     if source == "toy":
         pairs.gold[0] = torch.tensor([0.0, 1.0])
     write(out, test=pairs, easy=pairs.select(torch.tensor([0, 1, 2])), hard=pairs.select(torch.tensor([3])))

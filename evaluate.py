@@ -430,8 +430,8 @@ def main() -> None:
     prompts = [pairs.tokenizer.decode(prompt).strip() for prompt, _, _ in pairs]
     versus = ["win_rate_vs_chosen", "win_rate_vs_sft", "length_controlled_vs_sft", "win_rate_vs_last", "lead_vs_last"]
     print(f"{len(pairs)} test prompts; mean ± standard error, or (95% interval){best}\n"
-          f"{table(summaries, ['gold_reward', 'reward', 'kl', 'length', 'ended'])}\n\nwho wins by "
-          f"{judged.replace('_', ' ')}; length controlled: as if equally long; last: the last policy\n{table(summaries, versus)}")
+          f"{table(summaries, ['gold_reward', 'reward', 'kl', 'length', 'ended'])}\n\n"
+          f"wins by {judged}; last: the last policy; length controlled: at equal lengths\n{table(summaries, versus)}")
     for index in range(min(settings.samples, len(pairs))):
         print(f"\n{prompts[index]}")
         for name, (given, columns) in answers.items():

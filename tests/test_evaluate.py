@@ -405,7 +405,7 @@ def test_command_with_a_judge_adds_its_numbers_and_goes_on_where_it_was_stopped(
         run(evaluate, flags)
     without = json.loads((out / "evaluation.json").read_text())  # the other numbers are not lost
     assert [without["sft"][key] for key in ("kl", "win_rate_vs_sft", "gold_reward")] == [0.0, 0.5, None]
-    shown = r"\A3 test prompts(.*\n)+SFT  .*%\)\n(.*\n)+\nwho wins by reward;.*\npolicy .* lead vs last\nSFT "
+    shown = r"\A3 test prompts(.*\n)+SFT  .*%\)\n(.*\n)+\nwins by reward;.*\npolicy .* lead vs last\nSFT "
     printed = capsys.readouterr().out
     assert re.search(shown, printed) and printed.count(ASKED[0]) == 1
     asking.verdict, asking.questions[:] = lambda _: "TIE", []

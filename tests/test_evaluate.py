@@ -98,7 +98,7 @@ def test_summary_and_table_by_hand():
     ({0: "WWWW====LL", 20: "WWWWWWWWWL"}, 0.75, 0.6),  # what counts is length 0, not the mean length
     ({5: "WWWWL" * 6, -5: "WLLLL" * 2}, 0.65, 0.5),  # length alone
     ({5: "WWWWWWWLLL" * 3, -5: "WWWWWWWLLL"}, 0.7, 0.7),  # not length
-    ({5: "W" * 30, -5: "W" * 10}, 1, 1), ({1: "WWW", -1: "LLL", 100: "W"}, 4 / 7, 0.5),  # endless without a ridge
+    ({5: "W" * 30, -5: "W" * 10}, 1, 1), ({1: "WWW", -1: "LLL", 100: "W"}, 4 / 7, 0.5),  # needs a ridge
     ({7: "WLLL"}, 0.25, 0.25), ({}, None, None),  # nothing to control for
 ])
 def test_length_controlled_win_rate_by_hand(groups, plain, controlled):

@@ -1793,7 +1793,7 @@ def extrapolate(settings: Settings, policy: GPT, tokenizer: Tokenizer) -> None:
         for ours, theirs in zip(policy.parameters(), start.parameters(), strict=True):
             ours.copy_(theirs.lerp(ours, 1 + settings.alpha))
     save_model(settings, policy, tokenizer)
-    say_next(settings, ["save"], "python evaluate.py", "--policies sft.pt {}")
+    finish(settings, ["save"], "python evaluate.py", "--policies sft.pt {}")
 
 
 def main() -> None:

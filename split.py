@@ -121,7 +121,7 @@ def own_answers(settings: Settings, pairs: Pairs, model: RewardModel, device: to
     print(f"own answers: {log['generated']} tokens, {log['ended']:.1%} ended; {count - len(kept)} prompts make no pair")
     if not kept:
         raise UserError(f"--policy {settings.policy}: no prompt has two answers that ended and differ")
-    write_text(Path(settings.out) / Path(settings.easy).with_suffix(".jsonl"), json.dumps(log) + "\n")
+    write_file(Path(settings.out) / Path(settings.easy).with_suffix(".jsonl"), json.dumps(log) + "\n")
     lengths = torch.tensor([len(part) for part in parts]).view(-1, 3)
     rewards, gold = (None if known is None else known.gather(1, places)[kept] for known in (rewards, gold))
     return Pairs(torch.cat(parts).int(), lengths, tokenizer, pairs.source, rewards, gold)

@@ -29,8 +29,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from evaluate import aligned, differences, mean_and_error
+from evaluate import aligned, summarise
 from model import UserError, flag, parse_settings, read_log, run_command, write_file
+from reward import wins
 
 # Row: the commands that make its policy, which the last of them saves. Equal budgets: DPO takes 64 steps of 64 pairs,
 # over all rounds of a method with rounds, and PPO 32 of 128 prompts, unless the name says otherwise.
@@ -106,6 +107,7 @@ PPO_ROWS = ["PPO from SFT, hard", "MPO, reference SFT", "MPO", "PPO from SFT, KL
 NOISE = [0.0, 0.15, 0.25, 0.4]  # shares of wrong labels
 NOISE_ROWS = ["SFT", "DPO on all", "DPO on easy", "PPO from SFT, all", "MPO", "MPO, random split"]
 SPREAD, ROUGH = "{:.2f} ± {:.2f}", "{:.1f} ± {:.1f}"  # mean and standard error
+LEAD, WON = "{0:+.2f} ± {1:.2f} ({2:+.2f} to {3:+.2f})", "{4:.0%} ({6:.0%} to {7:.0%})"  # of summarise's numbers
 COLUMNS = {"gold reward": ("gold_reward", SPREAD), "reward": ("reward", SPREAD),
            "wins vs SFT": ("win_rate_vs_sft", "{:.0%} ± {:.0%}"), "KL from SFT": ("kl", ROUGH),
            "length": ("length", ROUGH), "ended": ("ended", "{:.1%}"), "entropy": ("entropy", "{:.2f}"),
@@ -205,11 +207,27 @@ def read_numbers(runs: list[Run]) -> Numbers:
     return numbers
 
 
+def mean_and_error(values: torch.Tensor) -> list[float]:
+    """Mean of values [seeds] and its standard error."""
+    return list(summarise({"reward": values}).values())[:2]
+
+
 def study_table(numbers: Numbers) -> str:
     """A row a policy: means over seeds ± standard errors."""
     rows = [[row, *(form.format(*mean_and_error(values[key])).replace("nan", "–") for key, form in COLUMNS.values())]
             for row, values in numbers.items()]
     return aligned([["policy", *COLUMNS], *rows])
+
+
+def lead_table(golds: dict[str, torch.Tensor]) -> str:
+    """How far MPO is above each other row, [seeds] gold rewards each, paired by seed: mean ± standard error (95%
+    interval), and the share of seeds that it won (Wilson's interval), a tie counting one half."""
+    rows = [["MPO against", "lead", "seeds won"]]
+    for row, theirs in golds.items():
+        if row != "MPO":
+            numbers = summarise({"lead": golds["MPO"] - theirs, "won": wins(golds["MPO"], theirs)}).values()
+            rows.append([row, LEAD.format(*numbers), WON.format(*numbers)])
+    return aligned(rows)
 
 
 def noise_table(noise: dict[float, Numbers]) -> str:
@@ -308,7 +326,7 @@ def main() -> None:
     golds = {row: values["gold_reward"] for row, values in numbers.items()}
     print(f"toy world, mean ± standard error over {settings.seeds} seeds. What a policy takes beyond SFT, its reward "
           "model included:\noptimiser updates, tokens that PPO generated, seconds with other commands beside it\n\n"
-          f"{study_table(numbers)}\n\npaired by seed, gold reward\n{differences(golds, 'MPO', 'seeds')}\n\n"
+          f"{study_table(numbers)}\n\npaired by seed, gold reward\n{lead_table(golds)}\n\n"
           "reward of the answers that PPO trains on, 128 a step: mean ± standard error over seeds\n"
           f"{ppo_table(curves)}")
     if noise:

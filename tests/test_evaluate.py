@@ -1,6 +1,7 @@
-"""Chapter 6: the answers' measures, means and intervals, tables, talk, the judge, the picture and evaluation.json."""
+"""Chapter 6: the answers' measures, means and intervals, wins, tables, talk, the judge and the picture."""
 
 import io
+import itertools
 import json
 import math
 import re
@@ -12,16 +13,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TINY, make_pairs, plain_logprobs, plain_score, write
 
 import evaluate
-from evaluate import Settings, answer, ask, differences, judge, mean_and_error, summarise, t_interval, table, tally
+from evaluate import POINTS, Settings, answer, ask, judge, length_controlled, summarise, table, tally
 from model import GPT, UserError, generate, mixed_seed, train_tokenizer
 from reward import RewardModel, wilson_interval
 
 LETTERS = train_tokenizer([], 257)  # the bytes and the end token
 END = LETTERS.end
-ENDS = ("", "_se", "_low", "_high")
 ASKED = ("How do I paint my old chair?", "I want to sell my red lamp.", "Move it.", "Clean the big drum?")
 QUESTIONS = [f"\n\nHuman: {question}\n\nAssistant:" for question in ASKED]
 PROMPTS = [torch.tensor(LETTERS.encode(question)) for question in QUESTIONS]
@@ -50,30 +51,21 @@ def out(tmp_path):
     return tmp_path
 
 
-def test_kl_is_the_sum_of_log_ratios_at_temperature_1():
-    """Though the answers are sampled at 0.7. The same seed samples the same answers here. SFT has none from itself."""
-    responses = generate(OTHER, PROMPTS, END, 10, 0.7, mixed_seed(3, 500_000))
-    expected = [(plain_logprobs(OTHER, *both) - plain_logprobs(SFT, *both)).sum().item()
-                for both in zip(PROMPTS, responses, strict=True)]
-    texts, columns = answer(SETTINGS, four_pairs(), OTHER, SFT, SCORER)
-    assert min(map(abs, expected)) > 0.1 and columns["kl"].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-4)
-    assert texts == [LETTERS.decode(response).strip() for response in responses]
-    assert answer(SETTINGS, four_pairs(), SFT, SFT, SCORER)[1]["kl"].tolist() == [0.0] * 4
-
-
 @pytest.mark.parametrize("source", ["toy", "hh"])
-def test_answers_hold_text_gold_reward_length_and_end_of_each_prompt(monkeypatch, source):
-    """Fixed answers, in another order of length than packing's: one helpful, one cut off, one empty, one polite."""
-    texts = [" Sand the chair first.", " What a", "", " Great question!"]
+def test_answers_hold_text_gold_reward_length_and_end_of_each_prompt_and_kl_at_temperature_1(monkeypatch, source):
+    """Fixed answers, in another order of length than packing's: one helpful, one cut off, one empty, one polite. KL is
+    the sum of log-ratios at temperature 1, though they are sampled at 0.7."""
+    texts, asked = [" Sand the chair first.", " What a", "", " Great question!"], []
     responses = [torch.tensor(LETTERS.encode(text) + [END] * (text != " What a")) for text in texts]
-    monkeypatch.setattr(evaluate, "generate", lambda *_: responses)
-    given, columns = answer(SETTINGS, four_pairs(source), SFT, SFT, SCORER)
-    rewards = [plain_score(SCORER, *both).item() for both in zip(PROMPTS, responses, strict=True)]
-    expected = {"length": [23, 7, 1, 17], "ended": [1, 0, 1, 1], "reward": rewards, "kl": [0] * 4,
-                "gold_reward": [1.0, -0.25, 0.0, 0.5] if source == "toy" else []}
-    assert given == [text.strip() for text in texts]
+    monkeypatch.setattr(evaluate, "generate", lambda _, prompts, *how: asked.extend(how) or responses)
+    given, columns = answer(SETTINGS, four_pairs(source), OTHER, SFT, SCORER)
+    both = list(zip(PROMPTS, responses, strict=True))
+    kl = [(plain_logprobs(OTHER, *one) - plain_logprobs(SFT, *one)).sum().item() for one in both]
+    expected = {"length": [23, 7, 1, 17], "ended": [1, 0, 1, 1], "reward": [plain_score(SCORER, *one) for one in both],
+                "kl": kl, "gold_reward": [1.0, -0.25, 0.0, 0.5] if source == "toy" else []}
+    assert asked == [END, 10, 0.7, mixed_seed(3, 500_000)] and given == [text.strip() for text in texts]
     for name, column in columns.items():
-        assert column.tolist() == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+        assert column.tolist() == pytest.approx(torch.tensor(expected[name]).tolist(), rel=1e-4, abs=1e-4), name
     monkeypatch.setattr(SCORER, "score", lambda batch: torch.full((len(batch.last),), math.inf))
     with pytest.raises(UserError, match="finite"):
         answer(SETTINGS, four_pairs(), SFT, SFT, SCORER)
@@ -82,73 +74,98 @@ def test_answers_hold_text_gold_reward_length_and_end_of_each_prompt(monkeypatch
 # ---- Statistics and tables ----
 
 
-@pytest.mark.parametrize("freedom, t", [(1, 12.706), (2, 4.303), (4, 2.776), (10, 2.228), (30, 2.042), (511, 1.965)])
-def test_intervals_are_students(freedom, t):
-    """The 97.5th percentile of a table of t, in units of the standard error, around a mean of 10."""
-    values = 10 + torch.arange(freedom + 1.0).double() - freedom / 2
-    mean, error = mean_and_error(values)
-    low, high = t_interval(values)
-    assert [mean, (high - 10) / error, (10 - low) / error] == pytest.approx([10, t, t], abs=6e-4)
-    assert t_interval(torch.ones(freedom + 1)) == (1.0, 1.0) and t_interval(torch.ones(1)) == (None, None)
-
-
 def test_summary_and_table_by_hand():
-    """1, 2, 3, 6: mean 3, variance (4 + 1 + 0 + 9) / 3 = 14/3, error √(14/3 / 4) = √(7/6). Means take Student's
-    interval, 12.706 times the error of two values; shares take Wilson's; one value has no error, nothing is null."""
-    assert mean_and_error(torch.tensor([1.0, 2.0, 3.0, 6.0])) == (3.0, pytest.approx(math.sqrt(7 / 6)))
-    columns = {"reward": [0.0, 4.0], "win_rate_vs_sft": [0.5, 1.0], "gold_reward": [], "kl": [3.0], "ended": [0.0]}
+    """Means take Student's interval: t of a table, in units of the standard error; shares take Wilson's. The error of
+    two values is half their difference; one value has none, and none is null."""
+    for freedom, t in {1: 12.706, 2: 4.303, 4: 2.776, 10: 2.228, 30: 2.042, 511: 1.965}.items():
+        mean, error, low, high = summarise({"reward": 10 + torch.arange(freedom + 1.0) - freedom / 2}).values()
+        assert [mean, (high - 10) / error, (10 - low) / error] == pytest.approx([10, t, t], abs=6e-4)
+    columns = {"reward": [0.0, 4.0], "win_rate_vs_sft": [0.5, 1.0], "gold_reward": [], "kl": [3.0], "ended": [0.0],
+               "lead_vs_last": [1.0, 3.0]}
     summary = summarise({name: torch.tensor(values) for name, values in columns.items()})
-    assert list(summary) == [f"{key}{end}" for key in columns for end in ENDS]
+    assert list(summary) == [f"{key}{end}" for key in columns for end in ("", "_se", "_low", "_high")]
     values = list(summary.values())
     expected = [2.0, 2.0, 2 - 2 * 12.7062, 2 + 2 * 12.7062, 0.75, 0.25, *wilson_interval(0.75, 2)]
     assert values[:8] == pytest.approx(expected, rel=1e-5) and values[8:16] == [None] * 4 + [3.0, None, None, None]
     lines = table({"ppo": summary, "mine": summary}, list(columns)).split("\n")
-    row = ["2.00 ± 2.00", "75% (20% to 97%)", "–", "3.0 ± –", "0% (0% to 79%)"]
-    header = ["policy", "reward", "win rate vs SFT", "gold reward", "kl", "ended"]
-    assert [re.split("  +", line) for line in lines] == [header, ["MPO", *row], ["mine", *row]]
+    row = "  2.00 ± 2.00  75% (20% to 97%)  –  3.0 ± –  0% (0% to 79%)  +2.00 (-10.71 to +14.71)"
+    header = "policy  reward  win rate vs SFT  gold reward  kl  ended  lead vs last"
+    assert [re.sub("  +", "  ", line) for line in lines] == [header, f"MPO{row}", f"mine{row}"]
 
 
-def test_differences_are_paired():
-    """MPO − other: 1, 3: 2 ± 1, twice won; its own row is missing. The unpaired error would be 5 and more."""
-    values = {"sft": torch.tensor([0.0, 10.0]), "ppo": torch.tensor([1.0, 13.0])}
-    lines = [re.split("  +", line) for line in differences(values, "ppo", "prompts").split("\n")]
-    assert lines == [["MPO against", "lead", "prompts won"],
-                     ["SFT", "+2.00 ± 1.00 (-10.71 to +14.71)", "100% (34% to 100%)"]]
+@pytest.mark.parametrize("groups, plain, controlled", [
+    ({10: "WWWWWWWW==", -10: "WWWW==LLLL"}, 0.7, 0.75),  # odds of 9 and of 1: √9 = 3 halfway
+    ({0: "WWWW====LL", 20: "WWWWWWWWWL"}, 0.75, 0.6),  # what counts is length 0, not the mean length
+    ({5: "WWWWL" * 6, -5: "WLLLL" * 2}, 0.65, 0.5),  # length alone
+    ({5: "WWWWWWWLLL" * 3, -5: "WWWWWWWLLL"}, 0.7, 0.7),  # not length
+    ({5: "W" * 30, -5: "W" * 10}, 1, 1), ({1: "WWW", -1: "LLL", 100: "W"}, 4 / 7, 0.5),  # needs a ridge
+    ({7: "WLLL"}, 0.25, 0.25), ({}, None, None),  # nothing to control for
+])
+def test_length_controlled_win_rate_by_hand(groups, plain, controlled):
+    """groups: by how much longer → wins, ties and losses. With two lengths the regression fits both groups' shares."""
+    longer = torch.tensor([float(by) for by, letters in groups.items() for _ in letters])
+    won = torch.tensor(["L=W".index(letter) / 2 for letter in "".join(groups.values())])
+    summary = summarise({"win_rate": won, "length_controlled": length_controlled(won, longer)})
+    assert (summary["win_rate"], summary["length_controlled"]) == pytest.approx((plain, controlled), abs=1e-3)
 
 
-def test_side_by_side_shows_every_policy_on_the_first_prompts_even_an_empty_answer(capsys):
-    texts = {"sft": ["Sand it.", "Sell it.", "", ""], "mine": ["", "No.", "", ""]}
-    values = {"sft": torch.tensor([1.0, 3.0, 0, 0]), "mine": torch.tensor([-0.5, 0.0, 0, 0])}
-    evaluate.side_by_side(four_pairs(), texts, values, 2)
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.split("\n") if line not in ("", "Assistant:")]
-    assert lines == ["Human: How do I paint my old chair?", "SFT [+1.00] Sand it.", "mine [-0.50] (nothing)",
-                     "Human: I want to sell my red lamp.", "SFT [+3.00] Sell it.", "mine [+0.00] No."]
+def test_length_controlled_win_rate_is_the_likeliest_and_its_error_a_jackknifes():
+    """The likeliest weights on ever finer grids, with ties and a few very long answers."""
+    generator = torch.Generator().manual_seed(0)
+    longer = 20 * torch.randn(60, generator=generator) ** 3 + 15
+    won = ((longer / longer.std()).tanh() + torch.randn(60, generator=generator) + 0.3).sign() / 2 + 0.5
+    won[::7] = 0.5
+    best, width = torch.zeros(2), 4.0  # a, b
+    for _ in range(15):
+        grid = torch.cartesian_prod(*[torch.linspace(-width, width, 21)] * 2) + best  # [441, 2]
+        logits = grid[:, :1] + grid[:, 1:] * (longer / longer.std()).tanh()  # [441, 60]
+        loss = F.binary_cross_entropy_with_logits(logits, won.expand_as(logits), reduction="none").sum(1)
+        best, width = grid[loss.argmin()], width / 2
+    columns = {"length_controlled": length_controlled(won, longer)}
+    assert summarise(columns)["length_controlled"] == pytest.approx(best[0].sigmoid().item(), abs=2e-4)
+    others = [torch.arange(60) != left for left in range(60)]
+    rates = torch.stack([length_controlled(won[kept], longer[kept]).mean() for kept in others])
+    jackknife = (59 / 60 * (rates - rates.mean()).square().sum()).sqrt().item()
+    assert summarise(columns)["length_controlled_se"] == pytest.approx(jackknife, rel=0.1)
 
 
 # ---- The command ----
 
 
 @pytest.mark.parametrize("source", ["toy", "hh"])
-def test_wins_by_hand_are_saved_before_they_are_shown(run, monkeypatch, out, source):
-    """Against chosen ½: win, win, loss, tie; against SFT's 0: win, win, loss, win; by length: 7 tokens are below 0.8
-    times SFT's 10, 8 and 12 are not, 12.5 are 1.25 times."""
-    write(out, test=four_pairs(source))
+def test_wins_by_hand_are_saved_before_they_are_shown_then_answers_side_by_side(run, monkeypatch, out, capsys, source):
+    """MPO against chosen ½: win, win, loss, tie; against SFT's 0: win, win, loss, win. Mine leads by 1, −2, −1, ½."""
+    write(out, test=four_pairs(source), mine=OTHER)
     judged, other = ("gold_reward", "reward") if source == "toy" else ("reward", "gold_reward")
+    points = {"mine": [3.0, -1.0, -2.0, 1.0], "ppo": [2.0, 1.0, -1.0, 0.5], "sft": [0.0] * 4}
+    lengths = {"mine": [9.0] * 4, "ppo": [7.0, 8.0, 12.0, 12.5], "sft": [10.0] * 4}
+    names = itertools.cycle(points)
 
-    def fake(settings, pairs, policy, sft, *_):
+    def fake(settings, *_):
         assert settings.max_new_tokens == 96  # the default of a model that was trained here
-        own, length = torch.tensor([2.0, 1.0, -1.0, 0.5]), torch.tensor([7.0, 8.0, 12.0, 12.5])
-        own, length = (own, length) if policy is not sft else (own * 0, torch.full((4,), 10.0))
-        return [""] * 4, {judged: own, other: -own[: 4 * (source == "toy")], "length": length, "kl": own, "ended": own}
+        name = next(names)
+        own, length = torch.tensor(points[name]), torch.tensor(lengths[name])
+        columns = {judged: own, other: -own[: 4 * (source == "toy")], "length": length, "kl": own, "ended": own}
+        return [f"It is {name}.", "", "", ""], columns
 
     monkeypatch.setattr(evaluate, "answer", fake)
     monkeypatch.setattr(evaluate, "score_pairs", lambda *_: torch.tensor([[0.5, 9.0]] * 4))
-    monkeypatch.setattr(evaluate, "table", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run(evaluate, "--policies ppo.pt --save mine.json")
-    row = json.loads((out / "mine.json").read_text())["ppo"]
-    assert (row["win_rate_vs_chosen"], row["win_rate_vs_sft"]) == (0.625, 0.75)
-    assert [row[f"win_rate_vs_sft_{part}"] for part in ("shorter", "as_long", "longer")] == [1.0, 0.5, 1.0]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "table", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(evaluate, "--policies mine.pt ppo.pt --save mine.json")
+    rows = json.loads((out / "mine.json").read_text())
+    assert (rows["ppo"]["win_rate_vs_chosen"], rows["ppo"]["win_rate_vs_sft"]) == (0.625, 0.75)
+    assert (rows["mine"]["lead_vs_last"], rows["mine"]["win_rate_vs_last"]) == (-0.375, 0.5)
+    assert rows["mine"]["lead_vs_last_se"] == pytest.approx(0.6884, abs=1e-4)  # paired: √(5.6875 / 3 / 4)
+    for opponent, won, length in (("sft", [1.0, 1.0, 0.0, 1.0], 10), ("chosen", [1.0, 1.0, 0.0, 0.5], len(CHOSEN) + 2)):
+        expected = length_controlled(torch.tensor(won), torch.tensor(lengths["ppo"]) - length).mean().item()
+        assert rows["ppo"][f"length_controlled_vs_{opponent}"] == pytest.approx(expected) != sum(won) / 4
+    run(evaluate, "--policies mine.pt ppo.pt --samples 2")
+    shown = " ".join(capsys.readouterr().out.split("\n\n", 2)[2].split())
+    first, second = "mine [+3.00] It is mine. MPO [+2.00] It is ppo.", "mine [-1.00] (nothing) MPO [+1.00] (nothing)"
+    questions = [" ".join(question.split()) for question in QUESTIONS]
+    assert shown == f"{questions[0]} {first} {questions[1]} {second} wrote {out}/evaluation.json"
 
 
 def test_export_goes_to_the_exporter(run, monkeypatch, out, capsys):
@@ -224,10 +241,11 @@ def endpoint(monkeypatch):
     ("Verdict: A", "A"), ("It is kinder.\nVerdict: B", "B"), ("One.\n\n  Verdict: TIE \n\n", "TIE"),
     ("Verdict: A\nVerdict: B", "B"), ("**Verdict: A**", "A"), ("**Verdict:** B", "B"), ("Verdict: **TIE**.", "TIE"),
     ("verdict: tie.", "TIE"), ("VERDICT: b", "B"), ("", None), ("A", None), ("Verdict: C", None), ("Verdict:", None),
-    ("Verdict: A or B", None), ("Verdict: A\nI hope this helps.", None), ("So my Verdict: A", None),
+    ("Verdict: A or B", None), ("Verdict: A\nI hope this helps.", None), ("So my Verdict: A", None), (None, None),
 ])
-def test_a_verdict_is_the_last_line_in_the_form_asked_for(text, verdict):
-    assert evaluate.parse_verdict(text) == verdict
+def test_a_verdict_is_the_last_line_in_the_form_asked_for(endpoint, text, verdict):
+    endpoint.replies = ["200 OK\n\n" + json.dumps({"choices": [{"message": {"content": text}}]})]
+    assert ask(endpoint.settings, "Who?") == verdict
 
 
 def test_a_request_holds_the_question_and_the_key_goes_to_the_server_alone(endpoint, monkeypatch, tmp_path):
@@ -235,8 +253,8 @@ def test_a_request_holds_the_question_and_the_key_goes_to_the_server_alone(endpo
     assert ask(endpoint.settings, "Who?") == "A"
     path, headers, body = endpoint.requests.pop()
     assert path == "/v1/chat/completions" and "Authorization" not in headers
-    assert body.pop("messages") == [{"role": "user", "content": "Who?"}]
-    assert body == {"model": "tester", "temperature": 0, "max_tokens": 1024}
+    assert body == {"model": "tester", "temperature": 0, "max_tokens": 1024,
+                    "messages": [{"role": "user", "content": "Who?"}]}
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password word\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret\n")
@@ -247,42 +265,34 @@ def test_a_request_holds_the_question_and_the_key_goes_to_the_server_alone(endpo
     assert [headers["Authorization"] for _, headers, _ in endpoint.requests] == ["Bearer sk-very-secret"]
 
 
-@pytest.mark.parametrize("failure, said", [
-    ("429 Busy\nRetry-After: 0\n\nslow down", "429 Busy: slow down"), ("500 Oops\n\n", "500 Oops: "),
-    ("408 Late\n\n", "408"), ("599 Late\n\n", "599"), (0.0, "ConnectionError"), (0.6, "timed out"),
+AGAIN = ["429 Busy\nRetry-After: 0\n\nslow down", "500 Oops\n\n", "408 Late\n\n", "599 Late\n\n", 0.0, 0.6]
+SAID = ["429 Busy: slow down", "500 Oops: ", "408", "599", "ConnectionError", "timed out"]
+
+
+@pytest.mark.parametrize("failure, said, attempts", [
+    *zip(AGAIN, SAID, [2] * 6, strict=True), ("400 Bad Request\n\ntoo long", "400 Bad Request: too long", 1),
+    ("401 Unauthorized\n\n", "401 Unauthorized", 1), ("200 OK\n\n<html>", "JSONDecodeError", 1),
+    ("200 OK\n\n[1]", "TypeError", 1), ('200 OK\n\n{"choices": []}', "Index", 1),
 ])
-def test_what_may_pass_is_asked_again_but_not_for_ever(endpoint, monkeypatch, failure, said):
-    """Twice it fails, the third attempt is fine; and then never."""
+def test_what_may_pass_is_asked_again_but_not_for_ever_a_refusal_never(endpoint, monkeypatch, failure, said, attempts):
+    """It says what the server said. When it fails twice, the third attempt is fine."""
     monkeypatch.setattr(evaluate, "JUDGE_TIMEOUT", 0.15 if said == "timed out" else 5.0)
-    endpoint.replies = [failure, failure, FINE]
-    assert ask(endpoint.settings, "x") == "A"
+    if attempts == 2:
+        endpoint.replies = [failure, failure, FINE]
+        assert ask(endpoint.settings, "x") == "A" and len(endpoint.requests) == 3
     monkeypatch.setattr(evaluate, "JUDGE_RETRIES", 1)
-    endpoint.replies = [failure]
-    with pytest.raises(UserError, match=said):
-        ask(replace(endpoint.settings, judge=endpoint.settings.judge + "/chat/completions/"), "x")
-    assert [path for path, *_ in endpoint.requests] == ["/v1/chat/completions"] * 5
+    endpoint.replies, endpoint.requests, url = [failure], [], f"{endpoint.settings.judge}/chat/completions"
+    with pytest.raises(UserError, match=f"--judge {url}: .*{said}.*check URL"):
+        ask(replace(endpoint.settings, judge=f"{url}/"), "x")
+    assert [path for path, *_ in endpoint.requests] == ["/v1/chat/completions"] * attempts
 
 
-def test_waits_double_and_the_server_may_ask_for_more(endpoint, monkeypatch):
+def test_waits_double_and_the_server_may_ask_for_more_and_a_wrong_url_is_said_to_be_one(endpoint, monkeypatch):
     waits = []
     monkeypatch.setattr("urllib3.util.retry.time.sleep", waits.append)
     monkeypatch.setattr(evaluate, "JUDGE_BACKOFF", 1.0)
     endpoint.replies = ["500 \n\n"] * 3 + ["429 \nRetry-After: 7\n\n", "429 \nRetry-After: 86400\n\n", FINE]
-    assert ask(endpoint.settings, "x") == "A"
-    assert waits == [2.0, 4.0, 7, 300]
-
-
-@pytest.mark.parametrize("reply, said", [
-    ("400 Bad Request\n\ntoo long", "400 Bad Request: too long"), ("401 Unauthorized\n\n", "401 Unauthorized"),
-    ("200 OK\n\n<html>", "JSONDecodeError"), ("200 OK\n\n[1]", "TypeError"), ('200 OK\n\n{"choices": []}', "Index"),
-])
-def test_a_refusal_stops_at_once_with_what_the_server_said(endpoint, reply, said):
-    endpoint.replies, url = [reply], endpoint.settings.judge
-    with pytest.raises(UserError, match=f"--judge {url}/chat/completions: {said}.*check URL"):
-        ask(endpoint.settings, "x")
-    assert len(endpoint.requests) == 1
-    endpoint.replies = [FINE.replace('"Verdict: A"', "null")]
-    assert ask(endpoint.settings, "x") is None  # nothing said is no verdict
+    assert ask(endpoint.settings, "x") == "A" and waits == [2.0, 4.0, 7, 300]
     for url in ("localhost/v1", "ftp://x/v1", "http://", "http://x:y/v1"):
         with pytest.raises(UserError, match=r"--judge .*check URL"):
             ask(replace(endpoint.settings, judge=url), "x")
@@ -309,7 +319,14 @@ def asking(monkeypatch, tmp_path):
 
 def judged(settings, mine=MINE, **others):
     """Verdicts on SFT and one more policy: 18 questions on three prompts, and one where all gave the same answer."""
-    return judge(settings, four_pairs("hh"), {"sft": SFTS, "mine": mine, **others}, SFTS)
+    answers = {name: (texts, {"length": torch.tensor([float(len(text)) for text in texts])})
+               for name, texts in {"sft": SFTS, "mine": mine, **others}.items()}
+    opponents = {"chosen": ([CHOSEN] * 4, {"length": torch.full((4,), len(CHOSEN))}), "sft": answers["sft"]}
+    summaries = {name: {} for name in answers}
+    judge(settings, [question.strip() for question in QUESTIONS], answers, opponents, summaries)
+    found = {f"{name[9:]} of {of}": row for of, rows in summaries.items() for name, row in rows.items()}
+    assert {row.pop("judge") for row in found.values()} == {settings.judge_model}
+    return found
 
 
 def rows_of(folder):
@@ -318,24 +335,34 @@ def rows_of(folder):
 
 def test_tally_by_hand():
     """Win in both orders, loss in both, both TIE, always the first place, a win and a TIE, and two without a verdict:
-    1, 0, ½, ½, ½; of 7 places that won, 5 were the first."""
-    columns = tally([("A", "B"), ("B", "A"), ("TIE", "TIE"), ("A", "A"), ("A", "TIE"), (None, "A"), (None, None)])
-    assert {name: column.tolist() for name, column in columns.items()} == {
-        "win_rate": [1, 0, 0.5, 0.5, 0.5], "ties": [0, 0, 1, 1, 1], "orders_disagree": [0, 0, 0, 1, 1],
-        "first_place_wins": [1, 0, 0, 1, 1, 1, 1], "no_verdict": [0, 0, 0, 0, 0, 1, 1]}
+    1, 0, ½, ½, ½; of 7 places that won, 5 were the first. Where it won it was the shorter one."""
+    verdicts = [("A", "B"), ("B", "A"), ("TIE", "TIE"), ("A", "A"), ("A", "TIE"), (None, "A"), (None, None)]
+    points = torch.tensor([[POINTS[verdict] for verdict in both] for both in verdicts]).T
+    longer = torch.tensor([-1.0, 1, 2, 3, 4, 5, 6])
+    columns = {name: column.tolist() for name, column in tally(points, longer).items()}
+    won = torch.tensor([1, 0, 0.5, 0.5, 0.5])
+    assert columns.pop("length_controlled") == length_controlled(won, longer[:5]).tolist()
+    assert columns == {
+        "win_rate": won.tolist(), "ties": [0, 0, 1, 1, 1], "orders_disagree": [0, 0, 0, 1, 1],
+        "first_place_wins": [1, 0, 1, 1, 0, 1, 1], "no_verdict": [0, 0, 0, 0, 0, 1, 1]}
 
 
-def test_a_judge_of_length_gives_the_known_win_rates(asking):
+def test_a_judge_of_length_gives_the_known_win_rates(asking, tmp_path):
     """Against chosen: longer, shorter, the same, longer; against SFT's: longer, shorter, the same, longer. The judge
-    sees no policy's name, and two with the same answers are one question."""
+    sees no policy's name, and two with the same answers are one question. No verdict is counted, not asked for again,
+    and not kept: shorter, the same, longer are left."""
     rows = judged(asking, secret=list(MINE))
-    rates = {("sft", "chosen"): 0.125, ("mine", "chosen"): 0.625, ("mine", "sft"): 0.625, ("secret", "chosen"): 0.625,
-             ("secret", "sft"): 0.625}
-    assert {versus: row["win_rate"] for versus, row in rows.items()} == rates
-    mine = [rows["mine", "sft"][key] for key in ("ties", "orders_disagree", "first_place_wins", "no_verdict")]
+    rates = {"chosen of sft": 0.125, **dict.fromkeys(("chosen of mine", "sft of mine", "chosen of secret"), 0.625)}
+    assert {versus: row["win_rate"] for versus, row in rows.items()} == rates | {"sft of secret": 0.625}
+    mine = [rows["sft of mine"][key] for key in ("ties", "orders_disagree", "first_place_wins", "no_verdict")]
     assert mine == [0.25, 0, 0.5, 0] and len(asking.questions) == 19
     for text in asking.questions:
         assert "secret" not in text and text.index("Human: ") < text.index("<A>") < text.index("<B>")
+    asking.judge_model, asking.verdict = "mute", lambda text: None if f"<B>\n{MINE[0]}" in text else longer(text)
+    rows = judged(asking)
+    assert len(asking.questions) == 19 + 19 and len(rows_of(tmp_path)) == 19 + 17
+    for versus in ("chosen of mine", "sft of mine"):
+        assert (rows[versus]["win_rate"], rows[versus]["no_verdict"]) == (0.5, 0.25)
 
 
 def test_the_cost_is_said_first_and_every_verdict_kept_at_once_and_not_asked_for_again(asking, capsys, tmp_path):
@@ -350,20 +377,13 @@ def test_the_cost_is_said_first_and_every_verdict_kept_at_once_and_not_asked_for
     asking.judge_price = None
     assert judged(asking) == first and rows_of(tmp_path) == rows
     assert re.search("is asked 0 of 19 questions.* 0 input tokens.* price not known", capsys.readouterr().out)
-    path.write_bytes(path.read_bytes()[:-20] + b"\n")
+    path.write_bytes(path.read_bytes()[:-20])
     for mine, model, questions in ((MINE, "tester", 1), (["New.", *MINE[1:]], "tester", 4), (MINE, "another", 19)):
         asking.questions.clear()
         asking.judge_model = model
         assert judged(asking, mine) == judged(asking, mine) == first
         assert len(asking.questions) == questions
 
-
-def test_no_verdict_is_counted_not_asked_again_and_not_kept(asking, tmp_path):
-    asking.verdict = lambda text: None if f"<B>\n{MINE[0]}" in text else longer(text)
-    rows = judged(asking)
-    assert len(asking.questions) == 19 and len(rows_of(tmp_path)) == 17
-    for opponent in ("chosen", "sft"):  # shorter, the same, longer are left
-        assert (rows["mine", opponent]["win_rate"], rows["mine", opponent]["no_verdict"]) == (0.5, 0.25)
 
 @pytest.mark.parametrize("flags, said", [
     ({"judge": "http://x/v1"}, "--judge-model"), ({"judge_model": "m"}, "--judge URL"),
@@ -385,8 +405,7 @@ def test_command_with_a_judge_adds_its_numbers_and_goes_on_where_it_was_stopped(
         run(evaluate, flags)
     without = json.loads((out / "evaluation.json").read_text())  # the other numbers are not lost
     assert [without["sft"][key] for key in ("kl", "win_rate_vs_sft", "gold_reward")] == [0.0, 0.5, None]
-    assert {f"{key}{end}" for key in evaluate.KEYS for end in ENDS} <= set(without["ppo"])
-    shown = r"\A3 test prompts(.*\n)+SFT  .*%\)\n(.*\n)+.*paired by prompt\nMPO against .*\nSFT "  # the last one's lead
+    shown = r"\A3 test prompts(.*\n)+SFT  .*%\)\n(.*\n)+\nwins by reward;.*\npolicy .* lead vs last\nSFT "
     printed = capsys.readouterr().out
     assert re.search(shown, printed) and printed.count(ASKED[0]) == 1
     asking.verdict, asking.questions[:] = lambda _: "TIE", []
@@ -400,10 +419,10 @@ def test_command_with_a_judge_adds_its_numbers_and_goes_on_where_it_was_stopped(
 
 @pytest.mark.parametrize("source", ["toy", "hh"])
 def test_figure(run, monkeypatch, out, source):
-    """Three easy pairs of gap 2, one wrong by gold, and one hard of gap −1; a PPO log of two steps."""
+    """Three easy pairs of gaps 2 and 3, one wrong by gold, and one hard of gap −1; a PPO log of two steps."""
     figures = pytest.importorskip("matplotlib.figure")
     pairs, kept, drawn = four_pairs(source), figures.Figure.savefig, []
-    pairs.rewards = torch.tensor([[2.0, 0.0]] * 3 + [[0.0, 1.0]])
+    pairs.rewards = torch.tensor([[2.0, 0.0], [3.0, 0.0], [3.0, 0.0], [0.0, 1.0]])
     if source == "toy":
         pairs.gold[0] = torch.tensor([0.0, 1.0])
     write(out, test=pairs, easy=pairs.select(torch.tensor([0, 1, 2])), hard=pairs.select(torch.tensor([3])))

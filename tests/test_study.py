@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import study
 import torch
-from study import STUDY, Run, noise_table, ppo_curves, ppo_table, saved_as, study_table
+from study import STUDY, Run, lead_table, noise_table, ppo_curves, ppo_table, saved_as, study_table
 
 from model import UserError, parse_settings, settle
 
@@ -170,12 +170,15 @@ def make_numbers(**golds):
     return {row: defaultdict(lambda gold=gold: 0 * gold + 0.5, gold_reward=gold) for row, gold in golds.items()}
 
 
-def test_study_and_noise_table_by_hand():
-    """Gold 1, 2, 3, 6: mean 3, error √(s² / 4) = √(14/3 / 4) = 1.08. Noise: 3 and 5 without wrong labels, 2 and 3 with
-    most: lost 1 and 2, 1.5 ± 0.5."""
+def test_tables_by_hand():
+    """Gold 1, 2, 3, 6: mean 3, error √(s² / 4) = √(14/3 / 4) = 1.08. MPO − SFT is 1, 3: 2 ± 1, twice won; unpaired, the
+    error would be 5 and more. Noise: 3 and 5 without wrong labels, 2 and 3 with most: lost 1 and 2, 1.5 ± 0.5."""
     header, line = study_table(make_numbers(MPO=[1.0, 2.0, 3.0, 6.0])).splitlines()
     assert header.split()[:4] == ["policy", "gold", "reward", "reward"]
     assert line.startswith("MPO") and "3.00 ± 1.08" in line and "50% ± 0%" in line
+    lines = lead_table({"SFT": torch.tensor([0.0, 10.0]), "MPO": torch.tensor([1.0, 13.0])}).splitlines()
+    assert [re.split("  +", line) for line in lines] == [
+        ["MPO against", "lead", "seeds won"], ["SFT", "+2.00 ± 1.00 (-10.71 to +14.71)", "100% (34% to 100%)"]]
     none, most = (make_numbers(**dict.fromkeys(study.NOISE_ROWS, gold)) for gold in ((3.0, 5.0), (2.0, 3.0)))
     header, *lines = noise_table({0.0: none, 0.4: most}).splitlines()
     assert header.split() == ["wrong", "labels", "0%", "40%", "0%", "less", "40%"]
@@ -193,10 +196,10 @@ def test_course_of_ppo_by_hand(tmp_path):
         (run.folder / "ppo.jsonl").write_text("\n".join(lines))
     curves = ppo_curves(runs, "MPO")
     assert curves["gold"][0].tolist() == [0, 0.5, 1, 1.5, 2, 1.75, 1.5, 1.25, 1]
-    header, gold, score = ppo_table({"MPO": curves}).splitlines()
-    assert all(steps in header for steps in ("steps 1–4", "steps 5–8", "steps 9–12"))
-    assert gold.split()[:5] + gold.split()[-5:] == "MPO: gold 0.00 ± 0.00 0.50 ± 0.50 0.71 1.50".split()
-    assert score.split()[-2:] == ["1.41", "3.00"]  # the score is twice as high
+    header, gold, score = (re.split("  +", line.strip()) for line in ppo_table({"MPO": curves}).splitlines())
+    assert header == ["steps 1–4", "steps 3–6", "steps 5–8", "steps 7–10", "steps 9–12", "deviation", "fall from best"]
+    assert [gold[0], gold[1], *gold[-3:]] == ["MPO: gold", "0.00 ± 0.00", "0.50 ± 0.50", "0.71", "1.50"]
+    assert score[-2:] == ["1.41", "3.00"]  # the score is twice as high
 
 
 def test_figures_show_their_numbers(tmp_path):

@@ -480,17 +480,19 @@ def test_gold_reward_by_hand(response, score):
     assert gold_reward(LAMP, response) == score
 
 
-@pytest.mark.parametrize("share", [None, 0.0, 0.25, 1.0])
-def test_toy_labels_are_bradley_terry_draws_or_a_share_of_them_is_wrong_whatever_the_gap(share):
-    rows, gaps = list(toy_rows(2500, 1, share)), []
-    assert [{*row.values()} for row in rows] == [{*row.values()} for row in toy_rows(2500, 1)]
-    assert {len(re.findall(r" [^.!?]+[.!?]", row["chosen"])) for row in rows} == {2, 3, 4, 5}
-    for row in rows:
-        gaps.append(gold_reward(row["prompt"], row["chosen"]) - gold_reward(row["prompt"], row["rejected"]))
+@pytest.mark.parametrize("temperature, agreement", [(0, 1), (1e-308, 1), (1, 0.8), (1.5, 0.73), (2, 0.68), (3, 0.63)])
+def test_toy_labels_are_bradley_terry_draws_at_a_temperature(temperature, agreement):
+    """Gold agrees with that share of the labels of pairs with a better side. A coin decides ties, at 0 too."""
+    rows, other = list(toy_rows(10000, 1, temperature)), list(toy_rows(10000, 1))
+    assert [{*row.values()} for row in rows] == [{*row.values()} for row in other]
+    golds = [[gold_reward(row["prompt"], row[side]) for side in ("chosen", "rejected")] for row in rows]
+    gaps = torch.tensor(golds).double() @ torch.tensor([1.0, -1.0]).double()  # (10000,)
+    assert all(rows[tie] == other[tie] for tie in (gaps == 0).nonzero()[:, 0])
+    assert (gaps[gaps != 0] > 0).double().mean().item() == pytest.approx(agreement, abs=0.015)
     for low, high in ((0, 1), (1, 2.5), (2.5, 9)):
-        some = [gap for gap in gaps if low < abs(gap) <= high]
-        expected = sum(1 / (1 + math.exp(abs(gap))) if share is None else share for gap in some)
-        assert abs(sum(gap < 0 for gap in some) - expected) <= 3 * (expected * (1 - expected / len(some))) ** 0.5
+        some = gaps[(low < gaps.abs()) & (gaps.abs() <= high)]
+        expected = (-some.abs() / temperature).sigmoid().sum()  # wrong labels
+        assert abs((some < 0).sum() - expected) <= 3 * (expected * (1 - expected / len(some))) ** 0.5
 
 
 # ---- Pairs and where they come from ----

@@ -463,8 +463,8 @@ def test_a_bare_name_is_looked_up_in_out_then_here_and_one_with_a_slash_is_a_pat
     "split --hard a.pt --easy a.pt", "split --easy deeper/mine.pt", "split --hard deeper/mine.pt", "model --layers 0",
     "model --limit 0", "model --vocabulary 256", "model --heads 3 --dim 32 --kv-heads 1", "model --dim 30",
     "model --kv-heads 3 --heads 4", "model --context 100 --max-response 100", "model --vocabulary 300 --init sft.pt",
-    "ppo --temperature 0", "ppo --gamma 1.1", "ppo --max-new-tokens 0", "ppo --max-new-tokens 320",
-    "evaluate --policies", "evaluate --judge http://localhost", "evaluate --export sft.pt",
+    "model --label-temperature 1 --data hh", "ppo --temperature 0", "ppo --gamma 1.1", "ppo --max-new-tokens 0",
+    "ppo --max-new-tokens 320", "evaluate --policies", "evaluate --judge http://localhost", "evaluate --export sft.pt",
 ])
 def test_a_wrong_flag_is_named(out, monkeypatch, flags):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -914,6 +914,12 @@ TOY_OFF_TOPIC = ["Boil the rice for ten minutes.", "Feed the cat twice a day.", 
 TOY_FILLER = ["Well, it depends.", "There are many ways to see this.", "Some people do it and some do not.",
               "Anyway, that is life."]
 TOY_BEST_REWARD = 4.0  # three steps and two polite sentences, nothing else
+# Probability of each slip: a step for another task, about another object, a sentence said again. They are rare, since
+# from 1% to 20% alike small models do not learn to see them, and rewards agree less with gold the more there are.
+TOY_SLIPS = 0.01
+# At this temperature the gold reward agrees with 69% of the labels of pairs that differ in it: about the middle of what
+# is reported for people, 63% on HH-RLHF (Bai et al. 2022) and 73% on TL;DR (Stiennon et al. 2020).
+TOY_TEMPERATURE = 2.0
 
 
 def gold_reward(prompt: str, response: str) -> float:
@@ -930,16 +936,15 @@ def gold_reward(prompt: str, response: str) -> float:
         named = next((word for word in re.findall(r"\w+", sentence) if word in TOY_OBJECTS), None)
         template = sentence.replace(f" {named}", " {}", 1)
         task = next((task for task, known in TOY_STEPS.items() if template in known), None)
-        if sentence in sentences[:place]:
+        fits = task in asked and named in asked
+        if sentence in sentences[:place] or sentence in TOY_OFF_TOPIC or (task and not fits):
             score -= 0.5
-        elif task in asked and named in asked and steps < 3:
+        elif fits and steps < 3:
             steps += 1
         elif sentence in TOY_POLITE and polite < 2:
             polite += 1
         elif sentence in TOY_RUDE:
             score -= 1.0
-        elif sentence in TOY_OFF_TOPIC or (task and not (task in asked and named in asked)):
-            score -= 0.5
         else:
             score -= 0.25
     return score + steps + 0.5 * polite
@@ -948,35 +953,30 @@ def gold_reward(prompt: str, response: str) -> float:
 def toy_response(rng: random.Random, task: str, thing: str) -> str:
     """One response: two to five sentences, more of them helpful the higher its hidden quality was drawn."""
     quality = rng.random()
-    kinds = {"step": 0.25 + 0.5 * quality, "off topic": 0.3 - 0.25 * quality, "polite": 0.1 + 0.1 * quality,
-             "rude": 0.2 - 0.2 * quality, "filler": 0.15}
-    fixed = {"off topic": TOY_OFF_TOPIC, "polite": TOY_POLITE, "rude": TOY_RUDE, "filler": TOY_FILLER}
+    kinds = [None, TOY_OFF_TOPIC, TOY_POLITE, TOY_RUDE, TOY_FILLER]  # None: steps
+    weights = [0.25 + 0.5 * quality, 0.3 - 0.25 * quality, 0.1 + 0.1 * quality, 0.2 - 0.2 * quality, 0.15]
     sentences = []
-    for kind in rng.choices(list(kinds), list(kinds.values()), k=rng.randint(2, 5)):
-        # Slips are rare: a step for another task or about another object, a sentence said twice.
-        about_task = rng.choice(list(TOY_STEPS)) if rng.random() < 0.01 else task
-        about_thing = rng.choice(TOY_OBJECTS) if rng.random() < 0.01 else thing
-        options = fixed.get(kind) or [step.format(about_thing) for step in TOY_STEPS[about_task]]
-        unsaid = [option for option in options if option not in sentences]
-        sentences.append(rng.choice(options if not unsaid or rng.random() < 0.01 else unsaid))
+    for fixed in rng.choices(kinds, weights, k=rng.randint(2, 5)):
+        about_task = rng.choice(list(TOY_STEPS)) if rng.random() < TOY_SLIPS else task
+        about_thing = rng.choice(TOY_OBJECTS) if rng.random() < TOY_SLIPS else thing
+        options = fixed or [step.format(about_thing) for step in TOY_STEPS[about_task]]
+        unsaid = [option for option in options if option not in sentences] or options
+        said_again = sentences and rng.random() < TOY_SLIPS
+        sentences.append(rng.choice(sentences if said_again else unsaid))
     return " " + " ".join(sentences)
 
 
-def toy_rows(count: int, seed: int, wrong_labels: float | None = None) -> Iterator[dict]:
-    """Yields `count` rows of the toy world; labels are Bradley-Terry draws on the gold gap, so some are wrong, nearly
-    all where the gap is small. With `wrong_labels`, that share is wrong instead, whatever the gap, of the labels of
-    pairs that have a better side; the others' say nothing."""
+def toy_rows(count: int, seed: int, temperature: float = TOY_TEMPERATURE) -> Iterator[dict]:
+    """Yields `count` rows of the toy world. The labels are Bradley-Terry draws: the first response is chosen with
+    probability σ(gold gap / temperature). At temperature 0 no label is wrong, and a coin decides ties."""
     rng = random.Random(seed)
     for _ in range(count):
         task, thing = rng.choice(list(TOY_STEPS)), rng.choice(TOY_OBJECTS)
-        question = rng.choice(TOY_PROMPTS).format(task, rng.choice(TOY_ADJECTIVES), thing)
-        prompt = f"\n\nHuman: {question}{TURN}"
+        prompt = f"\n\nHuman: {rng.choice(TOY_PROMPTS).format(task, rng.choice(TOY_ADJECTIVES), thing)}{TURN}"
         first, second = toy_response(rng, task, thing), toy_response(rng, task, thing)
         gap = gold_reward(prompt, first) - gold_reward(prompt, second)
-        first_is_chosen = 1 / (1 + math.exp(-gap))
-        if wrong_labels is not None:
-            first_is_chosen = 1 - wrong_labels if gap > 0 else wrong_labels
-        if rng.random() >= first_is_chosen:
+        # σ(x) = (1 + tanh(x / 2)) / 2, which does not overflow; gaps are multiples of 0.25, so 1e-9 does for 0.
+        if rng.random() >= (1 + math.tanh(gap / max(2 * temperature, 1e-9))) / 2:
             first, second = second, first
         yield {"prompt": prompt, "chosen": first, "rejected": second}
 
@@ -1041,7 +1041,7 @@ def read_rows(settings: "Settings") -> Iterator[tuple[str, dict]]:
     """Yields (where, row) for each row of --data, --limit at most; `where` names the row in error messages."""
     source = settings.data
     if source == "toy":
-        rows = toy_rows(settings.limit or 10000, settings.seed, settings.wrong_labels)
+        rows = toy_rows(settings.limit or 10000, settings.seed, settings.label_temperature)
         rows = ((f"toy row {number}", row) for number, row in enumerate(rows, 1))
     elif source == "tldr" or source.split(":")[0] == "hh":
         rows = hub_rows(source)
@@ -1757,7 +1757,7 @@ class Settings(TrainingSettings):
     alpha: float = flag(0.5, "α: how far --extrapolate moves it on")
     save: str = flag("sft.pt", "checkpoint to write")
     limit: int | None = flag(None, "rows to read at most [all; toy, which has no end: 10000]", least=1)
-    wrong_labels: float | None = flag(None, "toy: share of wrong labels [Bradley-Terry decides]", least=0, most=1)
+    label_temperature: float = flag(TOY_TEMPERATURE, "toy: noise of the labels; at 0 none is wrong", least=0)
     test_share: float | None = flag(None, "share of the prompts that is held back [0.1; toy: 0.2]", least=0, most=1)
     epochs: float = flag(1.5, "passes over the training pairs", least=0, pretrained=1.0)
     batch_size: int = flag(32, "pairs per optimiser step", least=1, pretrained=64)
@@ -1776,8 +1776,8 @@ class Settings(TrainingSettings):
             raise UserError(f"--dim {self.dim} is not a multiple of 2 × --heads {self.heads}: rotation turns pairs")
         if self.heads % self.kv_heads:
             raise UserError(f"--heads {self.heads} is not a multiple of --kv-heads {self.kv_heads}")
-        if self.wrong_labels is not None and self.data != "toy":
-            raise UserError("--wrong-labels: only the toy world knows which labels are wrong")
+        if self.label_temperature != TOY_TEMPERATURE and self.data != "toy":
+            raise UserError("--label-temperature: only the toy world draws its labels; other data come with theirs")
         read, onward = ("sft.pt", self.init, self.data, self.extrapolate), self.extrapolate or self.data.endswith(".pt")
         if onward and (self.save in read or not str(self.init).endswith(".pt")):
             raise UserError("--extrapolate, or a pairs file as --data, needs a checkpoint as --init and another --save")

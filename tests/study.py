@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from evaluate import aligned, summarise
-from model import UserError, flag, parse_settings, read_log, run_command, write_file
+from model import TOY_TEMPERATURE, UserError, flag, parse_settings, read_log, run_command, write_file
 from reward import wins
 
 # Row: the commands that make its policy, which the last of them saves. Equal budgets: DPO takes 64 steps of 64 pairs,
@@ -104,7 +104,7 @@ for part in (25, 50, 100):  # ExPO: α in hundredths
         onward = f"model.py --init {name}.pt --extrapolate sft.pt --alpha {part / 100} --save expo_{name}_{part}.pt"
         STUDY[f"ExPO on {row}, α {part / 100}"] = [*STUDY[row], onward]
 PPO_ROWS = ["PPO from SFT, hard", "MPO, reference SFT", "MPO", "PPO from SFT, KL price 0.05", "MPO, KL price 0.05"]
-NOISE = [0.0, 0.15, 0.25, 0.4]  # shares of wrong labels
+NOISE = [0.0, 1.0, 1.5, 2.0, 3.0]  # label temperatures
 NOISE_ROWS = ["SFT", "DPO on all", "DPO on easy", "PPO from SFT, all", "MPO", "MPO, random split"]
 SPREAD, ROUGH = "{:.2f} ± {:.2f}", "{:.1f} ± {:.1f}"  # mean and standard error
 LEAD, WON = "{0:+.2f} ± {1:.2f} ({2:+.2f} to {3:+.2f})", "{4:.0%} ({6:.0%} to {7:.0%})"  # of summarise's numbers
@@ -123,7 +123,7 @@ class Settings:
     out: str = flag("out/study", "folder for the seeds' folders, study.json and figures")
     seeds: int = flag(5, "how many seeds")
     seed: int = flag(3, "the first one; settings were chosen on seeds 0 to 2")
-    noise_seeds: int = flag(3, "seeds for each share of wrong labels; 0: none")
+    noise_seeds: int = flag(3, "seeds for each label temperature; 0: none")
     parallel: int | None = flag(None, "seeds side by side [one a core, or one on a GPU]")
     figure: bool = flag(False, "draw rewards.png, ppo.png and noise.png too (needs matplotlib)")
 
@@ -231,10 +231,11 @@ def lead_table(golds: dict[str, torch.Tensor]) -> str:
 
 
 def noise_table(noise: dict[float, Numbers]) -> str:
-    """Gold reward by policy and share of wrong labels; last, what the most wrong labels cost, paired by seed."""
-    rows = [["wrong labels", *(f"{share:.0%}" for share in noise), f"{min(noise):.0%} less {max(noise):.0%}"]]
+    """Gold reward by policy and label temperature; last, what the highest temperature costs, paired by seed."""
+    names = [f"{temperature:g}" for temperature in noise]
+    rows = [["label temperature", *names, f"{names[0]} less {names[-1]}"]]
     for row in NOISE_ROWS:
-        golds = [numbers[row]["gold_reward"] for numbers in noise.values()]  # of each share: [seeds]
+        golds = [numbers[row]["gold_reward"] for numbers in noise.values()]  # of each temperature: [seeds]
         rows.append([row, *(SPREAD.format(*mean_and_error(gold)) for gold in (*golds, golds[0] - golds[-1]))])
     return aligned(rows)
 
@@ -264,7 +265,7 @@ def ppo_table(curves: Numbers) -> str:
 
 def draw_figures(folder: Path, numbers: Numbers, curves: Numbers, noise: dict[float, Numbers]) -> None:
     """rewards.png: rewards against KL from SFT, a point a policy. ppo.png: rewards while PPO trains, a thin line a run,
-    a thick one for their mean. noise.png: gold reward against wrong labels."""
+    a thick one for their mean. noise.png: gold reward against label temperature."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
@@ -289,25 +290,27 @@ def draw_figures(folder: Path, numbers: Numbers, curves: Numbers, noise: dict[fl
     if noise:
         figure, axis = pyplot.subplots(layout="constrained")
         for row in NOISE_ROWS:
-            points = torch.tensor([mean_and_error(one[row]["gold_reward"]) for one in noise.values()])  # [shares, 2]
-            axis.errorbar([100 * share for share in noise], *points.T, marker="o", capsize=3, label=row)
-        axis.set(xlabel="wrong labels, %", ylabel="gold reward, mean ± standard error")
+            points = torch.tensor([mean_and_error(one[row]["gold_reward"]) for one in noise.values()])  # [n, 2]
+            axis.errorbar(list(noise), *points.T, marker="o", capsize=3, label=row)
+        axis.set(xlabel="label temperature", xticks=list(noise), ylabel="gold reward, mean ± standard error")
         axis.legend()
         figure.savefig(folder / "noise.png")
 
 
 def main() -> None:
     """Runs what the study lacks, prints its tables, and writes study.json and the figures."""
-    # 1. A folder for each seed, and one for each share of wrong labels and seed.
+    # 1. A folder for each seed, and one for each other label temperature and seed.
     settings = parse_settings(Settings, __doc__)
     folder, seeds, noisy = Path(settings.out).resolve(), range(settings.seed, settings.seed + settings.seeds), {}
     runs = [Run(folder / f"seed{seed}", seed, list(STUDY)) for seed in seeds]
-    for share in NOISE if settings.noise_seeds else []:
-        at, world = folder / f"wrong{100 * share:.0f}", f"{WORLD} --wrong-labels {share}"
-        noisy[share] = [Run(at / run.folder.name, run.seed, NOISE_ROWS, world) for run in runs[: settings.noise_seeds]]
+    for temperature in NOISE if settings.noise_seeds else []:
+        noisy[temperature] = runs[: settings.noise_seeds]
+        if temperature != TOY_TEMPERATURE:
+            at, world = folder / f"temperature{temperature}", f"{WORLD} --label-temperature {temperature}"
+            noisy[temperature] = [Run(at / run.folder.name, run.seed, NOISE_ROWS, world) for run in noisy[temperature]]
 
     # 2. Run what is not done, folders side by side. When a command fails, or on Ctrl-C, the others save and end too.
-    everything = sum(noisy.values(), runs)
+    everything = list(dict.fromkeys(sum(noisy.values(), runs)))
     parallel = min(settings.parallel or (1 if torch.cuda.is_available() else CORES), len(everything))
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: what a shell starts in the background ignores it
         signal.signal(number, signal.default_int_handler)
@@ -320,9 +323,9 @@ def main() -> None:
         finally:
             stop.set()
 
-    # 3. Tables and figures: every policy, and what MPO is ahead of each by; the course of PPO; wrong labels.
+    # 3. Tables and figures: every policy, and what MPO is ahead of each by; the course of PPO; label temperatures.
     numbers, curves = read_numbers(runs), {row: ppo_curves(runs, row) for row in PPO_ROWS}
-    noise = {share: read_numbers(group) for share, group in noisy.items()}
+    noise = {temperature: read_numbers(group) for temperature, group in noisy.items()}
     golds = {row: values["gold_reward"] for row, values in numbers.items()}
     print(f"toy world, mean ± standard error over {settings.seeds} seeds. What a policy takes beyond SFT, its reward "
           "model included:\noptimiser updates, tokens that PPO generated, seconds with other commands beside it\n\n"
@@ -330,9 +333,9 @@ def main() -> None:
           "reward of the answers that PPO trains on, 128 a step: mean ± standard error over seeds\n"
           f"{ppo_table(curves)}")
     if noise:
-        print("\ngold reward by the share of wrong labels (of pairs with a better side, whatever the gap), mean ± "
-              f"standard error over {len(noisy[NOISE[0]])} seeds\n{noise_table(noise)}")
-    content = {"seeds": list(seeds), "methods": numbers, "wrong_labels": noise}
+        print("\ngold reward by label temperature (at 0 no label is wrong), mean ± standard error "
+              f"over {len(noisy[NOISE[0]])} seeds\n{noise_table(noise)}")
+    content = {"seeds": list(seeds), "methods": numbers, "label_temperatures": noise}
     write_file(folder / "study.json", json.dumps(content, indent=1, default=torch.Tensor.tolist) + "\n")
     if settings.figure:
         draw_figures(folder, numbers, curves, noise)

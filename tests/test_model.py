@@ -25,9 +25,9 @@ from torch.overrides import TorchFunctionMode
 
 import model
 from model import (
-    END_OF_TEXT, GPT, TOY_BEST_REWARD, TURN, CommonSettings, Config, Pairs, Settings, Tokenizer, Training, UserError,
-    attend, batch_indices, flag, generate, gold_reward, lay_out, load_model, load_pairs, pack, read_log, read_pairs,
-    read_rows, row_texts, sample, save_model, settle, toy_rows, train_tokenizer, visibility,
+    END_OF_TEXT, GPT, TOY_BEST_REWARD, TOY_SLIPS, TURN, CommonSettings, Config, Pairs, Settings, Tokenizer, Training,
+    UserError, attend, batch_indices, flag, generate, gold_reward, lay_out, load_model, load_pairs, pack, read_log,
+    read_pairs, read_rows, row_texts, sample, save_model, settle, toy_rows, train_tokenizer, visibility,
 )
 
 BYTES = train_tokenizer([], 257)  # no merges: a token is a byte, and 256 is the end
@@ -472,25 +472,25 @@ THREE_STEPS = " Wipe the lamp with a cloth. Rub the lamp with soap. Dry the lamp
     (" Wipe the bike with a cloth.", -0.5), (" Sand the lamp first.", -0.5),  # wrong object, wrong task
     (" Drink more water.", -0.5), (" Wipe the lamp with a", -0.25),  # off topic; a broken-off sentence is filler
     (" Great question! Happy to help! Good luck with it!", 0.75),  # a third polite one is filler: 1 − 0.25
-    (" Great question! Great question!", 0.0),  # 0.5 − 0.5 for saying it again
-    (" Anyway, that is life. Anyway, that is life.", -0.75),  # −0.25 − 0.5
-    (" Wipe the lamp with a cloth. Wipe the bike with a cloth. Great question! Stop wasting my time.", 0.0),
+    (" Great question! Great question!", 0.0), (" Anyway, that is life. Anyway, that is life.", -0.75),  # again: −0.5
 ])
 def test_gold_reward_by_hand(response, score):
     assert gold_reward(LAMP, response) == score
 
 
-@pytest.mark.parametrize("share", [None, 0.0, 0.25, 1.0])
-def test_toy_labels_are_bradley_terry_draws_or_a_share_of_them_is_wrong_whatever_the_gap(share):
-    rows, gaps = list(toy_rows(2500, 1, share)), []
-    assert [{*row.values()} for row in rows] == [{*row.values()} for row in toy_rows(2500, 1)]
-    assert {len(re.findall(r" [^.!?]+[.!?]", row["chosen"])) for row in rows} == {2, 3, 4, 5}
-    for row in rows:
+@pytest.mark.parametrize("temperature, agreement, on_clear", [
+    (0, 1, 1), (1e-308, 1, 1), (1, 0.8, 0.965), (1.5, 0.73, 0.91), (2, 0.69, 0.85), (3, 0.635, 0.76)])
+def test_toy_labels_are_bradley_terry_draws_at_a_temperature(temperature, agreement, on_clear):
+    """Shares of labels that gold agrees with: without ties, which a coin decides at 0 too, and at gaps over 2.5."""
+    gaps, said = [], []
+    for row, usual in zip(toy_rows(4000, 1, temperature), toy_rows(4000, 1), strict=True):
         gaps.append(gold_reward(row["prompt"], row["chosen"]) - gold_reward(row["prompt"], row["rejected"]))
-    for low, high in ((0, 1), (1, 2.5), (2.5, 9)):
-        some = [gap for gap in gaps if low < abs(gap) <= high]
-        expected = sum(1 / (1 + math.exp(abs(gap))) if share is None else share for gap in some)
-        assert abs(sum(gap < 0 for gap in some) - expected) <= 3 * (expected * (1 - expected / len(some))) ** 0.5
+        said += [re.findall(r" [^.!?]+[.!?]", row[side]) for side in ("chosen", "rejected")]
+        assert {*row.values()} == {*usual.values()} and (gaps[-1] or row == usual)
+    for least, share in ((0, agreement), (2.5, on_clear)):
+        assert sum(gap > least for gap in gaps) / sum(abs(gap) > least for gap in gaps) == pytest.approx(share, abs=0.03)
+    again, after = sum(len(some) - len({*some}) for some in said), sum(len(some) - 1 for some in said)
+    assert {len(some) for some in said} == {2, 3, 4, 5} and again / after == pytest.approx(TOY_SLIPS, rel=0.3)
 
 
 # ---- Pairs and where they come from ----

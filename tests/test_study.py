@@ -47,7 +47,7 @@ def fake(tmp_path, monkeypatch):
     for script in ("model", "reward", "split", "dpo", "ppo", "evaluate"):
         (tmp_path / f"{script}.py").write_text(FAKE_STAGE)
     rows = ["SFT", "DPO on easy", "MPO"]
-    few = {"ROOT": tmp_path, "STUDY": {row: STUDY[row] for row in rows}, "NOISE": [0.0, 0.4], "NOISE_ROWS": rows}
+    few = {"ROOT": tmp_path, "STUDY": {row: STUDY[row] for row in rows}, "NOISE": [0.0, 2.0, 3.0], "NOISE_ROWS": rows}
     for name, value in {**few, "PPO_ROWS": ["MPO"]}.items():
         monkeypatch.setattr(study, name, value)
     monkeypatch.chdir(tmp_path)
@@ -102,7 +102,7 @@ def test_commands_read_what_was_written_before_and_have_equal_budgets_but_where_
 
 
 def test_each_command_runs_once_in_order_and_never_again(fake, capsys):
-    """Two seeds, and two for each share of wrong labels; then one seed more. Numbers are those of evaluate.py, and of
+    """Two seeds, and two for each label temperature but the world's own; then one seed more. The numbers of
     all commands that a policy needs: 5 steps of the reward model, 5 of DPO, 5 of PPO with 16 updates, of 100 tokens."""
     call, folder, _ = fake
     call("--noise-seeds 2")
@@ -110,7 +110,7 @@ def test_each_command_runs_once_in_order_and_never_again(fake, capsys):
     call("--noise-seeds 2")
     assert capsys.readouterr().out == first and "MPO against" in first
     call("--seeds 3 --noise-seeds 2")
-    noise = {"wrong0": " --wrong-labels 0.0", "wrong40": " --wrong-labels 0.4"}
+    noise = {f"temperature{noise}": f" --label-temperature {noise}" for noise in (0.0, 3.0)}
     made = {path.parent.relative_to(folder.parent) for path in folder.parent.rglob("called.txt")}
     assert made == {Path(place, f"seed{seed}") for place in ("", *noise) for seed in (7, 8)} | {Path("seed9")}
     for place in made:
@@ -172,7 +172,7 @@ def make_numbers(**golds):
 
 def test_tables_by_hand():
     """Gold 1, 2, 3, 6: mean 3, error √(s² / 4) = √(14/3 / 4) = 1.08. MPO − SFT is 1, 3: 2 ± 1, twice won; unpaired, the
-    error would be 5 and more. Noise: 3 and 5 without wrong labels, 2 and 3 with most: lost 1 and 2, 1.5 ± 0.5."""
+    error would be 5 and more. At label temperature 0 3 and 5, at 3 2 and 3: lost 1 and 2, 1.5 ± 0.5."""
     header, line = study_table(make_numbers(MPO=[1.0, 2.0, 3.0, 6.0])).splitlines()
     assert header.split()[:4] == ["policy", "gold", "reward", "reward"]
     assert line.startswith("MPO") and "3.00 ± 1.08" in line and "50% ± 0%" in line
@@ -180,8 +180,8 @@ def test_tables_by_hand():
     assert [re.split("  +", line) for line in lines] == [
         ["MPO against", "lead", "seeds won"], ["SFT", "+2.00 ± 1.00 (-10.71 to +14.71)", "100% (34% to 100%)"]]
     none, most = (make_numbers(**dict.fromkeys(study.NOISE_ROWS, gold)) for gold in ((3.0, 5.0), (2.0, 3.0)))
-    header, *lines = noise_table({0.0: none, 0.4: most}).splitlines()
-    assert header.split() == ["wrong", "labels", "0%", "40%", "0%", "less", "40%"]
+    header, *lines = noise_table({0.0: none, 3.0: most}).splitlines()
+    assert header.split() == ["label", "temperature", "0", "3", "0", "less", "3"]
     for row, line in zip(study.NOISE_ROWS, lines, strict=True):
         assert line.removeprefix(row).split() == "4.00 ± 1.00 2.50 ± 0.50 1.50 ± 0.50".split()
 
@@ -207,12 +207,12 @@ def test_figures_show_their_numbers(tmp_path):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     curves = {"MPO": {"gold": torch.ones(2, 3), "reward model": torch.zeros(2, 3)}}
     same, worse = (make_numbers(**dict.fromkeys(study.NOISE_ROWS, gold)) for gold in ((4.0, 4.0), (3.0, 4.0)))
-    study.draw_figures(tmp_path, make_numbers(SFT=[1.0, 3.0], MPO=[2.0, 6.0]), curves, {0.0: same, 0.4: worse})
+    study.draw_figures(tmp_path, make_numbers(SFT=[1.0, 3.0], MPO=[2.0, 6.0]), curves, {0.0: same, 3.0: worse})
     rewards, ppo, noise = (pyplot.figure(number).axes[0] for number in pyplot.get_fignums()[-3:])
     points = [tuple(line.get_xydata()[0]) for line in rewards.lines if line.get_marker() in "os"]
     assert points == [(0.5, 2), (0.5, 4)]
     assert [text.get_text() for text in ppo.texts] == ["gold", "reward model"]
     assert ppo.lines[0].get_xydata().tolist() == [[4, 1], [5, 1], [6, 1]]
     assert noise.get_legend_handles_labels()[1] == study.NOISE_ROWS
-    assert noise.lines[0].get_xydata().tolist() == [[0, 4], [40, 3.5]]
+    assert noise.lines[0].get_xydata().tolist() == [[0, 4], [3, 3.5]]
     assert {path.name for path in tmp_path.glob("*.png")} == {"rewards.png", "ppo.png", "noise.png"}

@@ -55,7 +55,7 @@ class Settings(CommonSettings):
         super().__post_init__()
         for name in ("answers", "chosen", "temperature", "max_new_tokens"):
             if self.policy is None and getattr(self, name) != getattr(Settings, name):
-                raise UserError(f"--{name.replace('_', '-')}: is about own answers; leave it out, or name a --policy")
+                raise UserError(f"--{name.replace('_', '-')} is about own answers; leave it out, or name a --policy")
         if self.policy and self.answers == 1 and self.chosen != "labelled":
             raise UserError(f"--answers 1 --chosen {self.chosen}: a best and a worst need 2; or take --chosen labelled")
         if self.easy == self.hard or "/" in self.easy + self.hard:

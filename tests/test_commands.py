@@ -278,7 +278,7 @@ def go_on(command: str, out: Path, whole: Path, *flags, near: float = 0.0) -> No
     for ours, theirs in zip(log(out / f"{name}.jsonl"), log(whole / f"{name}.jsonl"), strict=True):
         assert ours == pytest.approx(theirs, rel=near, abs=near)
     assert not [path for path in contents(out) if path.endswith((".state.pt", ".part"))]
-    line = refusal(command, out, *flags, "--resume", "--seed", 3)  # the seed: model.py keeps its old pairs.pt all the same
+    line = refusal(command, out, *flags, "--resume", "--seed", 3)  # model.py keeps its pairs.pt
     assert f"{out}/{name}.state.pt: no such file" in line and "--resume" in line
 
 

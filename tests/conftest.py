@@ -2,6 +2,7 @@
 way through a model, and a stage's command run in a folder."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,24 @@ from model import (
 from reward import RewardModel
 
 torch.set_num_threads(1)  # tests are tiny: more threads would spend their time waiting for one another
-TINY = Config(vocabulary=97, dim=32, layers=2, heads=4, kv_heads=2, mlp=64, context=128)
+TINY = Config(vocabulary=97, dim=64, layers=2, heads=4, kv_heads=2, mlp=64, context=128)
 CPU, END = torch.device("cpu"), TINY.vocabulary - 1
 BYTES = Tokenizer(tokenizer_json({SYMBOLS[byte]: byte for byte in range(END)}), END_OF_TEXT)  # its end token is END
+
+
+# By device and dtype, how far off may be: log-probs from those of fp32 or float64 on the CPU; a model's gradients,
+# relative to their norm; and log-probs of the same rows with and without gradients, which a GPU compiles apart.
+TOLERANCES = {("cpu", "fp32"): (1e-5, 1e-6, 0.0), ("cpu", "bf16"): (0.15, 0.02, 0.0),
+              ("cuda", "fp32"): (1e-4, 1e-5, 1e-4), ("cuda", "bf16"): (0.15, 0.03, 0.1)}
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
+
+
+@pytest.fixture(params=["cpu", GPU])
+def device(request) -> Iterator[torch.device]:
+    """Each device that a test should pass on. What was compiled for one test does not count for the next."""
+    yield torch.device(request.param)
+    if request.param == "cuda":
+        torch.compiler.reset()
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import CPU, TINY, make_pairs, plain_score, write
+from conftest import CPU, TINY, TOLERANCES, make_pairs, plain_score, write
 
 import reward
 from model import GPT, Config, UserError, load_model, pack
@@ -29,20 +29,20 @@ def test_bradley_terry_loss_and_its_slope_by_hand():
 
 
 @torch.no_grad()
-def test_score_is_the_same_among_strangers_alone_and_with_its_sibling(reward_model, documents):
+def test_score_is_the_same_among_strangers_alone_and_with_its_sibling(reward_model, documents, device):
     """And is the head, its bias too, on the response's last token. score_pairs gives the pairs' own order back."""
     reward_model.head.bias += 3.0
-    expected = plain_rewards(reward_model, documents)
-    (batch,) = pack(documents, CPU)
+    expected, near = plain_rewards(reward_model, documents), TOLERANCES[device.type, "fp32"][0]
+    reward_model.to(device)
+    (batch,) = pack(documents, device)
     assert batch.members.tolist() != list(range(9))  # packing has reordered them: there is something to put back
     swapped = [(prompt, rejected, chosen) for prompt, chosen, rejected in documents]
     alone = [(prompt, side) for prompt, *sides in documents for side in sides]
-    alone = torch.cat([reward_model.score(batch) for one in alone for batch in pack([one], CPU)]).view(9, 2)
+    alone = torch.cat([reward_model.score(batch) for one in alone for batch in pack([one], device)]).view(9, 2)
     more = [(*document, document[1]) for document in documents]  # any number of branches
-    torch.testing.assert_close(score_pairs(reward_model, more, CPU), expected[:, [0, 1, 0]], rtol=1e-4, atol=1e-5)
-    for scores in (score_pairs(reward_model, make_pairs(documents), CPU), alone,
-                   score_pairs(reward_model, make_pairs(swapped), CPU).flip(1)):
-        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
+    scored = [score_pairs(reward_model, some, device) for some in (more, make_pairs(documents), make_pairs(swapped))]
+    for scores in (scored[0][:, :2], scored[0][:, [2, 1]], scored[1], scored[2].flip(1), alone):
+        torch.testing.assert_close(scores.cpu(), expected, rtol=10 * near, atol=near)
 
 
 def test_rewards_that_are_not_finite_are_refused_with_the_pairs_numbers(reward_model, documents):

@@ -326,7 +326,7 @@ def test_gradients_do_not_depend_on_the_size_of_a_pass(policy, documents, mode, 
     assert all((other - gradients[0]).norm() <= near * gradients[0].norm() for other in gradients)
 
 
-def test_flex_attention_equals_attention_by_document(policy, documents, monkeypatch):
+def test_flex_attention_equals_attention_by_document(policy, documents, device, monkeypatch):
     """Bare attention on random queries, and the GPT: a mask a document, and on CUDA a block mask made from where the
     documents begin. It looks at every block that FlexAttention's own trial of all pairs finds."""
     documents = [*documents, (torch.arange(310) % 97, torch.arange(5)), *documents]
@@ -334,14 +334,17 @@ def test_flex_attention_equals_attention_by_document(policy, documents, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor)
         row = lay_out(documents, [*range(len(documents))], torch.device("cuda"))
-    mask, length, real = model.block_mask(row.document, row.branch), len(row.tokens), len(batch.tokens)
-    rule = visibility(row.document, row.branch)
-    tried = create_block_mask(rule, None, None, length, length, device="cpu").to_dense()
+    about, length, real = (row.document.to(device), row.branch.to(device)), len(row.tokens), len(batch.tokens)
+    mask = model.block_mask(*about)
+    tried = create_block_mask(visibility(*about), None, None, length, length, device=device).to_dense()
     assert length % 1024 == 0 and bool((mask.to_dense() >= tried).all()) and mask.to_dense().sum() <= 1.2 * tried.sum()
-    parts = [torch.randn(heads, length, 8, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2)]
+    parts = [torch.randn(heads, length, 16, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2)]
     with torch.no_grad():
-        close(attend(*parts, mask)[:, :real], attend(*(part[:, :real] for part in parts), batch.mask))
-        close(policy(row.tokens, row.positions, mask)[:real], policy(batch.tokens, batch.positions, batch.mask))
+        expected = attend(*(part[:, :real] for part in parts), batch.mask)
+        close(attend(*(part.to(device) for part in parts), mask)[:, :real].cpu(), expected)
+        expected = policy(batch.tokens, batch.positions, batch.mask)
+        found = policy.to(device)(row.tokens.to(device), row.positions.to(device), mask)
+        close(found[:real].cpu(), expected, TOLERANCES[device.type, "fp32"][0])
 
 
 # ---- Generation ----
@@ -353,7 +356,7 @@ UNLIKE = [1, 90, 4, 30, 2, 60, 45, 88, 7, 21, 3, 75, 12, 5, 33, 9]
 
 def some_prompts(lengths):
     torch.manual_seed(5)
-    policy = GPT(Config(vocabulary=12, dim=32, layers=2, heads=4, kv_heads=2, mlp=64, context=128, tied=False))
+    policy = GPT(replace(TINY, vocabulary=12, tied=False))
     return policy, [torch.randint(0, 12, (length,)) for length in lengths]
 
 
@@ -377,16 +380,17 @@ def plain_generate(policy, prompts, max_new_tokens, temperature, seed):
     (ALIKE, 26, 0, 0), (ALIKE, 26, 1.0, 1), (UNLIKE, 38, 0.6, 2), (UNLIKE, 38, 1.0, 3), (UNLIKE, 38, 3.0, 4),
     (UNLIKE, 1, 1.0, 5), (UNLIKE, 9, 1.0, 6), ([1], 20, 1.0, 7), ([*range(1, 28)] * 10, 2, 1.0, 8),
 ], ids=lambda value: str(value)[:12])
-def test_generation_equals_the_sampler_without_a_cache(lengths, steps, temperature, seed, monkeypatch):
-    """Sequences leave at most eight steps after their end, out of groups of different lengths, until all of a group are
-    gone. The last has 270 prompts, of which 256 are a batch, and keeps their order."""
+def test_generation_equals_the_sampler_without_a_cache(lengths, steps, temperature, seed, device, monkeypatch):
+    """Sequences leave at most eight steps after a tenth have ended, out of groups of different lengths, until all of a
+    group are gone. The last has 270 prompts, of which 256 are a batch, and keeps their order."""
     (policy, prompts), sizes, plain = some_prompts(lengths), [], GPT.forward
     expected = plain_generate(policy, prompts, steps, temperature, seed)
     monkeypatch.setattr(GPT, "forward", lambda *inputs: sizes.append(len(inputs[1])) or plain(*inputs))
-    responses = generate(policy, prompts, END, steps, temperature, seed)
+    responses = generate(policy.to(device), prompts, END, steps, temperature, seed)
     assert [response.tolist() for response in responses] == expected
-    for step, size in enumerate(sizes[1:] if len(prompts) < 256 else [], 1):  # first, the packed prompts
-        assert size <= sum(len(response) > step - 8 for response in expected)
+    called = len(prompts) < 256 and device.type == "cpu"  # at each step; a GPU replays a graph
+    for step, size in enumerate(sizes[1:] if called else [], 1):  # first, the packed prompts
+        assert 0.9 * size <= sum(len(response) > step - 8 for response in expected)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -508,13 +512,13 @@ def test_toy_labels_are_bradley_terry_draws_at_a_temperature(temperature, agreem
 
 def data_of(ending, *rows):
     """Rows in the form that a file's ending asks for."""
-    if ending == ".parquet" and pyarrow:
+    if ending == ".parquet":
         file = io.BytesIO()
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), file)
+        if pyarrow:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), file)
         return file.getvalue()
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "surrogatepass")
-    forms = {".jsonl": lines, ".jsonl.gz": gzip.compress(lines, 1, mtime=0), ".json": json.dumps(rows).encode()}
-    return forms.get(ending, b"")
+    return {".jsonl": lines, ".jsonl.gz": gzip.compress(lines, 1, mtime=0), ".json": json.dumps(rows).encode()}[ending]
 
 
 def texts_of(path):

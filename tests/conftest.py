@@ -16,7 +16,7 @@ from model import (
 from reward import RewardModel
 
 torch.set_num_threads(1)  # tests are tiny: more threads would spend their time waiting for one another
-TINY = Config(vocabulary=97, dim=64, layers=2, heads=4, kv_heads=2, mlp=64, context=128)
+TINY = Config(vocabulary=97, dim=32, layers=2, heads=4, kv_heads=2, mlp=64, context=128, head_dim=16)
 CPU, END = torch.device("cpu"), TINY.vocabulary - 1
 BYTES = Tokenizer(tokenizer_json({SYMBOLS[byte]: byte for byte in range(END)}), END_OF_TEXT)  # its end token is END
 

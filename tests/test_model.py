@@ -164,7 +164,7 @@ def test_a_model_is_prepared_for_its_device(device, units, dim, flags, bf16, com
     assert (policy.activations == torch.bfloat16, policy.compiled, policy.checkpointed) == (bf16, compiled, bf16)
     assert policy.moved_to == device and blocks == (list(policy.blocks) if compiled and device == "cuda" else [])
     with pytest.raises(UserError, match="--device cuda: " + (".* try --device cpu" if device == "cuda" else "")):
-        model.prepare_model(GPT(TINY), Settings(device="cuda"))
+        model.prepare_model(GPT(replace(TINY, head_dim=8)), Settings(device="cuda"))
 
 
 # ---- The log-prob kernel ----

@@ -106,7 +106,7 @@ def main() -> None:
         for step in tqdm(range(steps), desc="reference", unit="step", leave=False):
             indices = batch_indices(len(pairs), settings.batch_size, step, settings.seed)
             logprobs = torch.zeros(len(indices), 2, device=device)
-            for batch in pack([pairs[index] for index in indices], device):
+            for batch in pack([pairs[index] for index in indices], device, settings.pass_tokens):
                 logprobs[batch.members] = pair_logprobs(reader, batch, per_token)
             reference[indices] = summed(logprobs)
     del reader
@@ -117,7 +117,7 @@ def main() -> None:
     for _, indices in training:
         documents, reference_logprobs = [pairs[index] for index in indices], reference[indices]
         logprobs = torch.zeros_like(reference_logprobs)
-        for batch in pack(documents, device):
+        for batch in pack(documents, device, settings.pass_tokens):
             batch_logprobs = pair_logprobs(policy, batch, per_token)
             logratios = batch_logprobs - reference_logprobs[batch.members]
             losses = dpo_loss(*logratios.unbind(1), *options)
@@ -134,8 +134,7 @@ def main() -> None:
         for side, name in enumerate(("chosen", "rejected")):
             metrics[f"{name}_logprobs"] = logprobs[:, side].mean()
             metrics[f"{name}_rewards"] = rewards[:, side].mean()
-            metrics[f"{name}_length"] = lengths[:, side + 1].float().mean()
-        metrics = {name: value.item() for name, value in metrics.items()}
+            metrics[f"{name}_length"] = lengths[:, side + 1].float().mean().item()
         shown = ("loss", "margin", "accuracy")
         training.log(shown, "pairs", len(documents), int(lengths.sum()), **metrics, grad_norm=grad_norm)
 

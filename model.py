@@ -67,8 +67,8 @@ def remedy(error: Exception) -> str | None:
     """What to do about an error that is the machine's; None about any other."""
     said = repr(error)
     if re.search("MemoryError|[Oo]ut of memory|not enough memory|t allocate memory|ALLOC_FAILED", said):
-        return ("out of memory; --grad-checkpoint, --dtype bf16, fewer --max-new-tokens, torchrun on several GPUs or a "
-                "smaller model need less, a smaller --batch-size only once a batch is less than one pass")
+        return ("out of memory; fewer --pass-tokens, --grad-checkpoint, --dtype bf16, fewer --max-new-tokens, torchrun "
+                "on several GPUs or a smaller model need less")
     if re.search(r"No working C\+\+ compiler|Failed to find C compiler", said):
         return "torch.compile finds no C++ compiler; install one, such as g++, or on a CPU leave out --compile"
     return None
@@ -488,7 +488,9 @@ def block_mask(document: Tensor, branch: Tensor) -> BlockMask:
     )
 
 
-def pack(documents: list[tuple[Tensor, ...]], device: torch.device, tokens_per_pass: int = 0) -> Iterator[Packed]:
+def pack(
+    documents: list[tuple[Tensor, ...]], device: torch.device, tokens_per_pass: int | None = None
+) -> Iterator[Packed]:
     """Packs documents, each (prompt, response, response, …), into rows; yields one `Packed` for each forward pass of
     about `tokens_per_pass` tokens [default: as many as suit the device].
 
@@ -530,7 +532,10 @@ def lay_out(documents: list[tuple[Tensor, ...]], members: list[int], device: tor
     row = tokens, positions, document[part_of], branch[part_of]
     answers = source[response], tokens[response], sequence[response], offset[response]
     last, members = ends[ends_sequence] - 1, torch.tensor(members, dtype=torch.long)
-    return Packed(*(tensor.to(device, non_blocking=True) for tensor in (*row, *answers, last, members)))
+    tensors = (*row, *answers, last, members)
+    if device.type == "cuda":
+        tensors = (tensor.pin_memory() for tensor in tensors)  # or the copies would wait for the GPU
+    return Packed(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
 # ---- Generation ----
@@ -914,8 +919,8 @@ TOY_OFF_TOPIC = ["Boil the rice for ten minutes.", "Feed the cat twice a day.", 
 TOY_FILLER = ["Well, it depends.", "There are many ways to see this.", "Some people do it and some do not.",
               "Anyway, that is life."]
 TOY_BEST_REWARD = 4.0  # three steps and two polite sentences, nothing else
-# Probability of each slip: a step for another task, about another object, a sentence said again. They are rare: the more
-# there are the less rewards agree with gold, and even at 20% the reward model ranks no more than half of them right.
+# Probability of each slip: a step for another task, about another object, a sentence said again. They are rare: the
+# more there are the less rewards agree with gold, and even at 20% the reward model ranks no more than half of them right.
 TOY_SLIPS = 0.01
 # At this temperature the gold reward agrees with 69% of the labels of pairs that differ in it: about the middle of what
 # is reported for people, 63% on HH-RLHF (Bai et al. 2022) and 73% on TL;DR (Stiennon et al. 2020).
@@ -1568,6 +1573,7 @@ class TrainingSettings(CommonSettings):
     warmup: float = flag(0.1, "share of the steps in which the learning rate rises from 0", least=0, most=1)
     decay: Literal["constant", "linear"] = flag("linear", "learning rate after the warm-up")
     clip: float = flag(1.0, "gradient norm is clipped to this", above=0)
+    pass_tokens: int | None = flag(None, "tokens in a forward pass; fewer, less memory [4096; cuda: 32768]", least=1)
     grad_checkpoint: bool = flag(False, "keep one activation a block, compute the rest again: less memory, more time")
 
     def __post_init__(self):
@@ -1698,29 +1704,28 @@ class Training:
         rising, falling = (self.step + 1) / warmup, (self.steps - self.step) / max(1, self.steps - warmup)
         return self.settings.lr * min(1.0, rising, falling if self.settings.decay == "linear" else 1.0)
 
-    def optimize(self) -> float:
-        """Clips the gradients and takes one optimiser step. Returns the gradient's norm before clipping. Raises
-        UserError if that is not finite; a loss that is not finite makes it so."""
+    def optimize(self) -> Tensor:
+        """Clips the gradients and takes one optimiser step. Returns the gradient's norm before clipping, which `log`
+        finds not to be finite where a loss or a gradient is not; nothing here waits for the GPU."""
         (group,) = self.optimizer.param_groups
         norm = nn.utils.clip_grad_norm_(group["params"], self.settings.clip)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-        self.require_finite("gradient", norm)
         group["lr"] = self.lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return norm
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def require_finite(self, what: str, *values: float) -> None:
-        """Raises UserError unless all values are finite; nothing is saved then, so the last good state is kept."""
-        if not all(math.isfinite(value) for value in values):
-            pairs = " ".join(str(index) for index in sorted(self.indices))
-            raise UserError(f"step {self.step}: the {what} is not finite, on training pairs {pairs}; what was saved "
-                            "before is kept; try a lower --lr")
-
-    def log(self, shown: tuple[str, ...], unit: str, units: int, tokens: int, **metrics: float) -> None:
-        """Writes the step's line of the log, and the `shown` metrics beside the bar."""
+    def log(self, shown: tuple[str, ...], unit: str, units: int, tokens: int, **metrics: float | Tensor) -> None:
+        """Writes the step's line of the log, and the `shown` metrics beside the bar. Metrics that are tensors are
+        fetched together, the one time that a step waits for the GPU. Raises UserError if one is not finite: nothing is
+        saved then, so the last good state is kept."""
+        tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
+        fetched = torch.stack(list(tensors.values())).tolist() if tensors else []
+        metrics |= zip(tensors, fetched, strict=True)
         for name, value in metrics.items():
-            self.require_finite(name, value)
+            if not math.isfinite(value):
+                pairs = " ".join(str(index) for index in sorted(self.indices))
+                raise UserError(f"step {self.step}: the {name} is not finite, on training pairs {pairs}; what was "
+                                "saved before is kept; try a lower --lr")
         seconds = time.perf_counter() - self.began
         if choose_device(self.settings).type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**20
@@ -1840,14 +1845,14 @@ def main() -> None:
     for _, indices in training:
         documents = [pairs[index][:2] for index in indices]  # prompt and chosen response
         loss = torch.zeros((), device=device)
-        for batch in pack(documents, device):
+        for batch in pack(documents, device, settings.pass_tokens):
             logprobs, _ = policy.logprobs(batch)
             batch_loss = -logprobs.sum() / int(pairs.lengths[indices, 1].sum())
             batch_loss.backward()
             loss += batch_loss.detach()
         grad_norm = training.optimize()
         tokens_read = int(pairs.lengths[indices, :2].sum())
-        training.log(("loss",), "pairs", len(documents), tokens_read, loss=summed(loss).item(), grad_norm=grad_norm)
+        training.log(("loss",), "pairs", len(documents), tokens_read, loss=summed(loss), grad_norm=grad_norm)
 
     save_model(settings, policy, tokenizer)
 

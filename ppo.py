@@ -144,7 +144,7 @@ def roll_out(
     logprobs, reference_logprobs, values = torch.zeros(3, len(prompts), int(lengths.max()), device=device)
     scores = torch.zeros(len(prompts), device=device)
     for rows in minibatches:
-        for batch in pack([documents[row] for row in rows.tolist()], device):
+        for batch in pack([documents[row] for row in rows.tolist()], device, settings.pass_tokens):
             members = rows.to(device)[batch.members]
             at = members[batch.sequence], batch.offset
             logprobs[at] = policy.logprobs(batch, settings.temperature)[0]
@@ -178,7 +178,7 @@ def update(
     device = policy.embedding.weight.device
     tokens = rollout.lengths[rows].sum()
     totals = {}
-    for batch in pack([rollout.documents[row] for row in rows.tolist()], device):
+    for batch in pack([rollout.documents[row] for row in rows.tolist()], device, settings.pass_tokens):
         at = rows.to(device)[batch.members][batch.sequence], batch.offset
         logprobs, entropies = policy.logprobs(batch, settings.temperature)
         values = critic.read(batch, batch.source)
@@ -198,15 +198,13 @@ def update(
     return {name: summed(total) for name, total in totals.items()}
 
 
-def rollout_metrics(rollout: Rollout, returns: Tensor, tokenizer: Tokenizer, source: str) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, returns: Tensor, tokenizer: Tokenizer, source: str) -> dict[str, Tensor | float]:
     """What a step's answers were like, for the log; in the toy world also their gold reward."""
     log_ratio = rollout.logprobs - rollout.reference_logprobs
     returns, values = returns[rollout.real], rollout.values[rollout.real]
     unexplained = (returns - values).var(unbiased=False) / (returns.var(unbiased=False) + 1e-8)
     metrics = {"score": rollout.scores.mean(), "kl": log_ratio.sum(1).mean(), "length": rollout.lengths.float().mean(),
-               "ended": rollout.ended.float().mean(),
-               "explained_variance": 1 - unexplained}
-    metrics = {name: value.item() for name, value in metrics.items()}
+               "ended": rollout.ended.float().mean(), "explained_variance": 1 - unexplained}
     if source == "toy":
         texts = [[tokenizer.decode(part.tolist()) for part in document] for document in rollout.documents]
         metrics["gold_reward"] = sum(gold_reward(*text) for text in texts) / len(texts)
@@ -237,7 +235,6 @@ def main() -> None:
             for _ in range(settings.ppo_epochs)
         ]
         rollout = roll_out(settings, prompts, passes[0], tokenizer.end, seed, policy, reference, reward, critic)
-        training.require_finite("reward", *rollout.scores.tolist())
         advantages, returns = advantages_and_returns(settings, rollout)
 
         # 4. An update for each minibatch of each pass.
@@ -246,11 +243,11 @@ def main() -> None:
             history.append(update(settings, rollout, rows, advantages, returns, policy, critic))
             grad_norms.append(training.optimize())
 
-        metrics = {name: sum(float(one[name]) for one in history) / len(history) for name in history[0]}
-        metrics |= {"updates": len(history), **rollout_metrics(rollout, returns, tokenizer, pairs.source)}
-        grad_norm = sum(grad_norms) / len(grad_norms)
+        metrics = {name: torch.stack([one[name] for one in history]).mean() for name in history[0]}
+        metrics |= {"updates": len(history), "grad_norm": torch.stack(grad_norms).mean()}
+        metrics |= rollout_metrics(rollout, returns, tokenizer, pairs.source)
         shown = ("score", "kl", "length", "ended")
-        training.log(shown, "episodes", len(prompts), int(rollout.lengths.sum()), **metrics, grad_norm=grad_norm)
+        training.log(shown, "episodes", len(prompts), int(rollout.lengths.sum()), **metrics)
 
     # 5. Save.
     save_model(settings, policy, tokenizer)

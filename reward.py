@@ -130,13 +130,13 @@ def main() -> None:
     for _, indices in training:
         documents = [pairs[index] for index in indices]
         loss, accuracy = torch.zeros(2, device=device)
-        for batch in pack(documents, device):
+        for batch in pack(documents, device, settings.pass_tokens):
             chosen_rewards, rejected_rewards = model.score(batch).view(-1, 2).unbind(1)
             batch_loss = bradley_terry_loss(chosen_rewards, rejected_rewards).sum() / len(documents)
             batch_loss.backward()
             loss += batch_loss.detach()
             accuracy += (chosen_rewards > rejected_rewards).sum() / len(documents)
-        metrics = {"grad_norm": training.optimize(), "loss": summed(loss).item(), "accuracy": summed(accuracy).item()}
+        metrics = {"grad_norm": training.optimize(), "loss": summed(loss), "accuracy": summed(accuracy)}
         training.log(("loss", "accuracy"), "pairs", len(documents), int(pairs.lengths[indices].sum()), **metrics)
 
     # 3. Shift: mean reward 0 over the training responses. Save, and report on held-back pairs.

@@ -56,16 +56,15 @@ def test_pair_logprobs_equal_the_sums_or_means_of_plain_sequences(policy, docume
 @pytest.mark.parametrize("flags", [
     "--label-smoothing 0.2 --self-weight 0.5 --reference sft.pt --beta 0.3", "--loss ipo --beta 0.3",
 ])
-def test_the_command_equals_a_plain_loop(run, monkeypatch, tmp_path, policy, documents, flags):
+def test_the_command_equals_a_plain_loop(run, tmp_path, policy, documents, flags):
     """Three steps on all nine pairs, each in several passes: every logged number, and the weights that are saved. The
     files that the default names would find are others."""
     mean, beta = "ipo" in flags, 0.3
     torch.manual_seed(7)
     other = GPT(TINY)
     write(tmp_path, mine=documents, start=policy, easy=documents[:3], sft=other)
-    monkeypatch.setattr(dpo, "pack", lambda some, device: pack(some, device, 150))
     assert len(list(pack(documents, CPU, 150))) > 1
-    flags += " --data mine.pt --init start.pt --batch-size 9 --steps 3 --lr 1e-3 --warmup 0 --decay constant"
+    flags += " --pass-tokens 150 --data mine.pt --init start.pt --batch-size 9 --steps 3 --lr 1e-3 --warmup 0 --decay constant"
     log, reference = run(dpo, flags), plain_sides(other if "--reference" in flags else policy, documents, mean).detach()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     assert len(log) == 3
@@ -122,6 +121,6 @@ def test_the_reference_is_read_in_the_batches_of_the_first_pass_and_only_for_pai
     log = run(dpo, "--lr 0 --batch-size 4 --steps 5")
     assert [line["chosen_rewards"] for line in log[:3]] == [0.0] * 3
     assert 0.0 not in [line["chosen_rewards"] for line in log[3:]]
-    monkeypatch.setattr(dpo, "pack", lambda some, device: seen.append(len(some)) or pack(some, device))
+    monkeypatch.setattr(dpo, "pack", lambda some, *more: seen.append(len(some)) or pack(some, *more))
     (line,) = run(dpo, "--batch-size 4 --steps 1 --seed 3")
     assert (seen, line["margin"], line["chosen_rewards"]) == ([4, 4], 0.0, 0.0)

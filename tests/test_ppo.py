@@ -243,7 +243,7 @@ def test_8_the_gradient_does_not_depend_on_the_passes(monkeypatch, off_policy, p
     for some in rows.view(4, 2):
         update(settings, rollout, some, *targets, policy, critic)
         pieces = pieces + gradients(policy, critic) * rollout.lengths[some].sum() / sum(LENGTHS)
-    monkeypatch.setattr(ppo, "pack", lambda some, device: passes.extend(pack(some, device, size)) or passes)
+    monkeypatch.setattr(ppo, "pack", lambda some, device, _: passes.extend(pack(some, device, size)) or passes)
     many_totals = update(settings, rollout, rows, *targets, policy, critic)
     many = gradients(policy, critic)
     assert len(passes) > 2 and one.abs().max() > 1e-2
@@ -416,7 +416,7 @@ def test_the_log_holds_means_over_all_updates_of_a_step_and_the_trained_policy_i
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("broken, message", [("reward", "the reward is not finite"), ("room", "--max-new-tokens 100")])
+@pytest.mark.parametrize("broken, message", [("reward", "is not finite"), ("room", "--max-new-tokens 100")])
 def test_what_would_go_wrong_later_stops_the_run_at_once(
     run, tmp_path, start, policy, reward_model, documents, broken, message
 ):

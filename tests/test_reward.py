@@ -105,9 +105,9 @@ def test_the_command_equals_a_plain_loop(run, monkeypatch, tmp_path, capsys, pol
     held = [(prompt, rejected, chosen), *documents[1:4]]  # the first with its label the wrong way round
     files = {"mine": documents[:3], "more": documents[3:], "held": held, "start": policy}  # AIHF: both in one loss
     write(tmp_path, pairs=documents[:4], test=documents[:4], sft=GPT(TINY), **files)
-    monkeypatch.setattr(reward, "pack", lambda some, device: pack(some, device, 150))
     assert len(list(pack(documents, CPU, 150))) > 1
-    run(reward, FILES + "--lr 0 --steps 1")
+    flags = FILES + "--pass-tokens 150 "
+    run(reward, flags + "--lr 0 --steps 1")
     model = saved_model(tmp_path)
     for ours, theirs in zip(model.trunk.parameters(), policy.parameters(), strict=True):
         assert torch.equal(ours, theirs)

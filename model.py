@@ -1244,9 +1244,9 @@ def reading(what: Path | str, complaint: str = "damaged, or not what is needed h
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except (UserError, DroppedRow):
+        raise
     except Exception as error:
-        if isinstance(error, (UserError, DroppedRow)) or remedy(error):
-            raise
         said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise UserError(f"{what}: {complaint} ({said})") from error
 

@@ -64,7 +64,8 @@ def test_the_command_equals_a_plain_loop(run, tmp_path, policy, documents, flags
     other = GPT(TINY)
     write(tmp_path, mine=documents, start=policy, easy=documents[:3], sft=other)
     assert len(list(pack(documents, CPU, 150))) > 1
-    flags += " --pass-tokens 150 --data mine.pt --init start.pt --batch-size 9 --steps 3 --lr 1e-3 --warmup 0 --decay constant"
+    flags += " --data mine.pt --init start.pt --batch-size 9 --steps 3 --lr 1e-3 --warmup 0 --decay constant"
+    flags += " --pass-tokens 150"
     log, reference = run(dpo, flags), plain_sides(other if "--reference" in flags else policy, documents, mean).detach()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     assert len(log) == 3

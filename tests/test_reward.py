@@ -98,7 +98,7 @@ def saved_model(folder):
     return load_model(reward.Settings(out=str(folder), device="cpu"), "reward.pt", RewardModel)[0]
 
 
-def test_the_command_equals_a_plain_loop(run, monkeypatch, tmp_path, capsys, policy, documents):
+def test_the_command_equals_a_plain_loop(run, tmp_path, capsys, policy, documents):
     """Three steps on all nine pairs, each in several passes, from the weights that a run at rate 0 shows: the log, the
     model that is saved, its mean and the report. The files that the default names would find are others."""
     prompt, chosen, rejected = documents[0]
@@ -111,7 +111,7 @@ def test_the_command_equals_a_plain_loop(run, monkeypatch, tmp_path, capsys, pol
     model = saved_model(tmp_path)
     for ours, theirs in zip(model.trunk.parameters(), policy.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    log = run(reward, FILES + "--lr 1e-3 --steps 3")
+    log = run(reward, flags + "--lr 1e-3 --steps 3")
     printed = capsys.readouterr().out
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     assert len(log) == 3

@@ -1166,15 +1166,20 @@ def row_texts(where: str, row: dict) -> tuple[str | list[dict], str, str]:
             before, parts = "" if transcripts else prompt, (prompt, *sides)
     again = all(isinstance(part, str) and part.startswith(parts[0]) for part in parts)
     (prompt, chosen), (other, rejected) = (split_side(before, side, again) for side in parts[1:])
-    for broken, rule in (
-        (prompt != other, "prompts differ between the sides"),
-        (not chosen.strip() or not rejected.strip(), "empty response"),
-        (chosen.strip() == rejected.strip(), "identical responses"),
-        (HUMAN in chosen or HUMAN in rejected, "a human's turn inside the response"),
-    ):
-        if broken:
-            raise DroppedRow(rule)
+    if prompt != other:
+        raise DroppedRow("prompts differ between the sides")
+    require_parts(prompt, chosen.strip(), rejected.strip())
+    if HUMAN in chosen or HUMAN in rejected:
+        raise DroppedRow("a human's turn inside the response")
     return prompt, chosen, rejected
+
+
+def require_parts(prompt, chosen, rejected) -> None:
+    """Raises DroppedRow at an empty part or twice the same response: of the texts, and of what a tokenizer keeps."""
+    if not prompt or not chosen or not rejected:
+        raise DroppedRow("empty response" if prompt else "empty prompt")
+    if chosen == rejected:
+        raise DroppedRow("identical responses")
 
 
 def split_side(before: str | list[dict], side, again: bool) -> tuple[str | list[dict], str]:
@@ -1256,14 +1261,11 @@ def encode_row(settings: "Settings", tokenizer: Tokenizer, form: str, parts: lis
         end = re.escape(tokenizer.names["eos_token"]) + r"\s*\Z"
         parts = [parts[0], *(re.sub(end, "", part) for part in parts[1:])]
     prompt, *responses = (tokenizer.encode(part, control) for part in parts)
-    for broken, rule in (
-        (not prompt, "empty prompt"), (not all(responses), "empty response"),
-        (responses[0] == responses[1], "identical responses"),
-        (any(tokenizer.end in response for response in responses), "an end token inside the response"),
-        (max(map(len, responses)) >= settings.max_response, f"response over {settings.max_response} tokens"),
-    ):
-        if broken:
-            raise DroppedRow(rule)
+    require_parts(prompt, *responses)
+    if any(tokenizer.end in response for response in responses):
+        raise DroppedRow("an end token inside the response")
+    if max(map(len, responses)) >= settings.max_response:
+        raise DroppedRow(f"response over {settings.max_response} tokens")
     if prompt[: len(begin)] == begin:
         prompt = prompt[len(begin) :]
     elif form == "template":

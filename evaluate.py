@@ -33,7 +33,7 @@ from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
 from model import (
-    CONFIG_NAMES, FAMILIES, GPT, TOY_BEST_REWARD, TURN, CommonSettings, Config, Pairs, Tokenizer, UserError,
+    CONFIG_NAMES, FAMILIES, GPT, TOY_BEST_REWARD, CommonSettings, Config, Pairs, Tokenizer, UserError, ask_in_form,
     choose_device, find_file, flag, generate, gold_reward, llama_names, load, load_model, load_pairs, mixed_seed, pack,
     parse_settings, processes, read_log, run_command, settle, summed, write_file,
 )
@@ -161,22 +161,23 @@ def table(summaries: dict[str, dict[str, float | None]], keys: list[str]) -> str
     return aligned(rows)
 
 
-def reply(settings: Settings, policy: GPT, tokenizer: Tokenizer, text: str, turn: int) -> None:
-    """Prints the answer as it comes. The text is the first turn of a dialogue, unless it ends as prompts do."""
-    dialogue, ids = text if text.endswith((TURN, "TL;DR:")) else f"\n\nHuman: {text}{TURN}", []
+def reply(settings: Settings, policy: GPT, tokenizer: Tokenizer, prompt: Tensor, turn: int) -> None:
+    """Prints the answer to `prompt`, [L], as it comes."""
+    ids, seed = [], mixed_seed(settings.seed, turn)
 
     def show(tokens: Tensor) -> None:  # a character's first bytes, decoded as U+FFFD, wait for its last
         before = tokenizer.decode(ids).rstrip("\ufffd")
         ids.extend(tokens.tolist())
         print(tokenizer.decode(ids).rstrip("\ufffd")[len(before) :], end="", flush=True)
 
-    prompt, seed = torch.tensor(tokenizer.begin + tokenizer.encode(dialogue)), mixed_seed(settings.seed, turn)
     generate(policy, [prompt], tokenizer.end, settings.max_new_tokens, settings.temperature, seed, watch=show)
     print("" if tokenizer.decode(ids).strip() else "(nothing)")
 
 
 def talk(settings: Settings) -> None:
-    """Prints every policy's answer to --prompt; without a text, one policy's to each line typed, till end of input."""
+    """Prints every policy's answer to --prompt; without a text, one policy's to each line typed, till end of input. A
+    question is put in the form that the prompts of --data have."""
+    form = load_pairs(settings, settings.data).form
     for name in settings.policies if settings.prompt else [settings.model]:
         policy, tokenizer = load_model(settings, name, GPT)
         settle(settings, policy.config.pretrained)
@@ -187,7 +188,7 @@ def talk(settings: Settings) -> None:
             print(f"{title} answers what you type; Ctrl-D ends", file=sys.stderr)
         for turn, line in enumerate([settings.prompt] if settings.prompt else filter(str.strip, sys.stdin)):
             try:
-                reply(settings, policy, tokenizer, line.rstrip("\n"), turn)
+                reply(settings, policy, tokenizer, ask_in_form(tokenizer, form, line.rstrip("\n")), turn)
             except UserError as error:  # too long for the context
                 if settings.prompt:
                     raise
@@ -371,7 +372,8 @@ def export_model(path: Path, folder: Path) -> None:
     names = {number: name for name, number in tokenizer.special.items()}
     others = [number for number in names if number != tokenizer.end]
     described["pad_token_id"] = min(others, key=lambda number: "pad" not in names[number].lower(), default=0)
-    ids = {"bos_token": described["bos_token_id"], "eos_token": tokenizer.end, "pad_token": described["pad_token_id"]}
+    ids = {"bos_token": tokenizer.special.get(tokenizer.state["bos"]), "eos_token": tokenizer.end,
+           "pad_token": described["pad_token_id"]}
     about = {key: names[number] for key, number in ids.items() if number in names}
     about |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context,
               "clean_up_tokenization_spaces": False}

@@ -16,11 +16,13 @@ and writes pairs.pt (training pairs), test.pt (held-back pairs) and sft.pt (the 
 import argparse
 import atexit
 import contextlib
+import csv
 import dataclasses
 import fcntl
 import functools
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -693,6 +695,7 @@ def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperatu
 # ---- Tokenizer: byte-level byte-pair encoding ----
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
+SHIELD = "\ufdd0"  # stands in a control token's name where it is meant as text; Unicode has no such character
 WORDS = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # words keep the space before them
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # tokenizer.json spells a byte as a character that prints: the one of that number, or else the next one from 256 up.
@@ -705,32 +708,35 @@ BYTES = {symbol: byte for byte, symbol in SYMBOLS.items()}
 class Tokenizer:
     """Text to token ids and back as a tokenizer.json says; the merging itself is tiktoken's.
 
-    text: the tokenizer.json; end: name of the token that closes a response; template: the chat template, if any. Files
-    hold `state`: Tokenizer(**state). special: control tokens, name → id. Written out in a text, their names are
-    ordinary text; other added tokens are found. begin: ids that open every prompt; size: largest id + 1. Raises
-    ValueError at what would get other ids here than by the tokenizers library.
+    text: the tokenizer.json; end: name of the token that closes a response; template: the chat template, if any; bos:
+    what it calls bos_token. Files hold `state`: Tokenizer(**state). special: control tokens, name → id. Written out in
+    a text, their names are ordinary text; other added tokens are found. begin: ids that open every prompt; size:
+    largest id + 1. Raises ValueError at what would get other ids here than by the tokenizers library.
     """
 
-    def __init__(self, text: str, end: str, template: str | None = None):
-        self.state, given = {"text": text, "end": end, "template": template}, json.loads(text)
+    def __init__(self, text: str, end: str, template: str | None = None, bos: str | None = None):
+        given = json.loads(text)
         if given["model"]["type"] != "BPE":
             raise ValueError(f"a model of type {given['model']['type']}")
         vocabulary, added = given["model"]["vocab"], given["added_tokens"]
         self.special = {token["content"]: token["id"] for token in added if token["special"]}
-        self.in_text = {token["content"]: token["id"] for token in added if not token["special"]}
+        self.added = {token["content"]: token["id"] for token in added}  # those and the others
         self.text, self.template, self.end = text, template, self.special[end]
-        self.form, self.begin = unicode_form(given.get("normalizer")), opening_tokens(given.get("post_processor"))
+        self.form, self.words, self.begin = read_steps(given)
+        bos = bos or next((name for name in self.special if self.begin[:1] == [self.special[name]]), None)
+        self.names = {"eos_token": end} | ({"bos_token": bos} if bos else {})  # as templates know them
+        self.state = {"text": text, "end": end, "template": template, "bos": bos}
         names = {token["content"] for token in added} - BYTES.keys()  # "!" may be a padding token beside
         spelled = {token: number for token, number in vocabulary.items() if token not in names}
         require_rank_merging(given, spelled)
-        self.size = 1 + max(*vocabulary.values(), *self.special.values(), *self.in_text.values())
+        self.size = 1 + max(*vocabulary.values(), *self.added.values())
         self.bytes = {number: bytes(BYTES[symbol] for symbol in token) for token, number in spelled.items()}
-        self.bytes |= {number: name.encode() for name, number in self.in_text.items()}
+        self.bytes |= {number: name.encode() for name, number in self.added.items() if name not in self.special}
         # Where a text is cut, and into what: added tokens first, some found in its Unicode form; then words.
-        plain = [token for token in added if not token["special"]]
-        self.verbatim = any_of(token["content"] for token in plain if not token["normalized"])
-        self.in_form = any_of(token["content"] for token in plain if token["normalized"])
-        self.words = word_patterns(given["pre_tokenizer"])
+        plain = {token["content"]: token["normalized"] for token in added if not token["special"]}
+        verbatim = [name for name in plain if not plain[name]]
+        self.control, self.verbatim, self.both = map(any_of, (self.special, verbatim, [*self.special, *verbatim]))
+        self.in_form = any_of(name for name in plain if plain[name])
         # tiktoken reads words as they are spelled here, with spaces between. It wants all 256 bytes: ids past the end.
         self.spelling = {byte: symbol if symbol in spelled else None for byte, symbol in SYMBOLS.items()} | {255: " "}
         ranks = {token.encode(): number for token, number in spelled.items()}
@@ -738,16 +744,19 @@ class Tokenizer:
         ranks |= {byte: self.size + place for place, byte in enumerate(lacking)}
         self.encoding = tiktoken.Encoding("mpo", pat_str="[^ ]+", mergeable_ranks=ranks, special_tokens={})
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without those that open a prompt and close a response."""
+    def encode(self, text: str, control: bool = False) -> list[int]:
+        """Token ids of `text`, without those that open a prompt and close a response. With `control`, the names of
+        control tokens are these tokens, except where a shield says that they are text."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a surrogate pair is U+FFFD
-        ids = []
-        for piece in cut(self.verbatim, [text]):
-            found = self.verbatim.fullmatch(piece)
-            parts = cut(self.in_form, [unicodedata.normalize(self.form, piece) if self.form else piece])
-            for part in [piece] if found else parts:
-                if found or self.in_form.fullmatch(part):
-                    ids.append(self.in_text[part])
+        found, ids = self.both if control else self.verbatim, []
+        for piece in cut(found, [text]):
+            if found.fullmatch(piece):
+                ids.append(self.added[piece])
+                continue
+            piece = piece.replace(SHIELD, "") if control else piece
+            for part in cut(self.in_form, [unicodedata.normalize(self.form, piece) if self.form else piece]):
+                if self.in_form.fullmatch(part):
+                    ids.append(self.added[part])
                     continue
                 words = [part]
                 for pattern in self.words:
@@ -761,6 +770,10 @@ class Tokenizer:
         """Text of `ids` without control tokens; bytes that are not UTF-8 become U+FFFD, ids without a token nothing."""
         ids = ids.tolist() if isinstance(ids, Tensor) else ids
         return b"".join(self.bytes.get(number, b"") for number in ids).decode("utf-8", "replace")
+
+    def shield(self, text: str) -> str:
+        """The text, in which names of control tokens stay text when it is encoded with `control`."""
+        return self.control.sub(lambda match: match[0][:-1] + SHIELD + match[0][-1], text)
 
 
 def any_of(names: Iterable[str]) -> re.Pattern:
@@ -780,39 +793,38 @@ def cut(pattern: re.Pattern | regex.Pattern, pieces: list[str]) -> list[str]:
     return [part for part in parts if part]
 
 
-def unicode_form(normalizer: dict | None) -> str | None:
-    """The Unicode form, such as NFC, into which a tokenizer.json's normaliser brings a text; None: as it is."""
-    steps = (normalizer or {}).get("normalizers", [normalizer] if normalizer else [])
-    if len(steps) > 1 or any(step["type"] not in ("NFC", "NFD", "NFKC", "NFKD") for step in steps):
-        raise ValueError("normalizer " + json.dumps(normalizer)[:200])
-    return steps[0]["type"] if steps else None
+def steps_of(part: dict | None) -> list[dict]:
+    """The steps of a tokenizer.json's normaliser, pre-tokenizer or post-processor, which may be a sequence of such."""
+    if part is None or part["type"] != "Sequence":
+        return [part] if part else []
+    (parts,) = (value for value in part.values() if isinstance(value, list))
+    return list(itertools.chain.from_iterable(map(steps_of, parts)))
 
 
-def word_patterns(pre_tokenizer: dict) -> list[regex.Pattern]:
-    """The patterns by which a tokenizer.json's pre-tokenizer cuts a text into words, one after the other."""
-    patterns, steps = [], pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    for step in steps:
-        match step:
-            case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
-                patterns.append(pattern)
-            case {"type": "Digits", "individual_digits": True}:
-                patterns.append(r"\p{N}")
-            case {"type": "ByteLevel", "add_prefix_space": False} if step is steps[-1]:
-                patterns += [GPT2_WORDS] if step.get("use_regex", True) else []
-            case _:
-                raise ValueError("pre-tokenizer " + json.dumps(pre_tokenizer)[:200])
-    return [regex.compile(pattern, regex.V1) for pattern in patterns]
-
-
-def opening_tokens(processor: dict | None) -> list[int]:
-    """The ids that a tokenizer.json's post-processor sets before a text, such as Llama 3's begin-of-text."""
-    begin = []
-    for step in (processor or {}).get("processors", [processor] if processor else []):
-        if step["type"] not in ("ByteLevel", "TemplateProcessing"):
-            raise ValueError("post-processor " + json.dumps(processor)[:200])
-        for piece in itertools.takewhile(lambda piece: "SpecialToken" in piece, step.get("single", [])):
-            begin += step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
-    return begin
+def read_steps(given: dict) -> tuple[str | None, list[regex.Pattern], list[int]]:
+    """What a tokenizer.json does to a text: the Unicode form, such as NFC, into which it is brought, if any; patterns
+    that cut it into words, one after the other; ids that are set before it, such as Llama 3's begin-of-text."""
+    form, patterns, begin = None, [], []
+    for kind in ("normalizer", "pre_tokenizer", "post_processor"):
+        steps = steps_of(given.get(kind)) or [None]
+        for step in steps:
+            match kind, step:
+                case "normalizer", {"type": "NFC" | "NFD" | "NFKC" | "NFKD"} if len(steps) == 1:
+                    form = step["type"]
+                case "pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": False} if step is steps[-1]:
+                    patterns += [GPT2_WORDS] if step.get("use_regex", True) else []
+                case "pre_tokenizer", {"type": "Split", "behavior": "Isolated", "invert": False}:
+                    patterns.append(step["pattern"]["Regex"])
+                case "pre_tokenizer", {"type": "Digits", "individual_digits": True}:
+                    patterns.append(r"\p{N}")
+                case "post_processor", {"type": "TemplateProcessing", "single": pieces, "special_tokens": special}:
+                    for piece in itertools.takewhile(lambda piece: "SpecialToken" in piece, pieces):
+                        begin += special[piece["SpecialToken"]["id"]]["ids"]
+                case ("post_processor", {"type": "ByteLevel"}) | ("post_processor" | "normalizer", None):
+                    pass
+                case _:
+                    raise ValueError(f"{kind} {json.dumps(given.get(kind))[:200]}")
+    return form, [regex.compile(pattern, regex.V1) for pattern in patterns], begin
 
 
 def require_rank_merging(given: dict, spelled: dict[str, int]) -> None:
@@ -988,6 +1000,23 @@ def toy_rows(count: int, seed: int, temperature: float = TOY_TEMPERATURE) -> Ite
 
 # ---- Preference pairs and where they come from ----
 
+HUMAN = "\n\nHuman:"
+FORMS = {"dialogue": f"{HUMAN} {{}}{TURN}", "tldr": "POST: {}\n\nTL;DR:", "plain": "{}"}  # of prompts, for a question
+SPOKEN = {"system": "", "user": f"{HUMAN} ", "assistant": f"{TURN} "}  # before a message, without a chat template
+ROLES = {"human": "user", "gpt": "assistant"}  # other names of them
+CHOSEN = "chosen", "chosen_response", "preferred_output", "response_j"  # names of the column in various data sets
+REJECTED = "rejected", "rejected_response", "non_preferred_output", "response_k"
+LAYOUTS = "rows need chosen and rejected (texts or messages), and a prompt beside them or at their head; or are TL;DR's"
+HUB = {  # short names: repository, which argument of load_dataset a part of it is, its other arguments
+    "hh": ("Anthropic/hh-rlhf", "data_dir", {}),
+    # The main branch holds a script, which the library no longer runs; this one holds tables.
+    "tldr": ("openai/summarize_from_feedback", "name",
+             {"revision": "refs/convert/parquet", "data_files": {"train": "comparisons/train/*.parquet"}}),
+}
+FILES = "read are JSON Lines, JSON, parquet and csv, gzipped or not"
+ENDINGS = ".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".gz"  # of a folder's files; a file may have any
+ABOUT = re.compile(r"(dataset_infos?|dataset_dict|state|metadata|config)\.json")  # tell about a folder's data
+
 
 @dataclass
 class Pairs:
@@ -995,7 +1024,7 @@ class Pairs:
 
     tokens: [total] int32, prompt + chosen + rejected of every pair end to end; lengths: [n, 3] of the three parts;
     rewards: [n, 2] of chosen and rejected by the reward model, once split.py has scored them; gold: [n, 2] likewise
-    by the toy world's gold reward; source: what --data named, "toy" for the toy world.
+    by the toy world's gold reward; source: what --data named, "toy" for the toy world; form: that of most prompts.
     """
 
     tokens: Tensor
@@ -1004,6 +1033,7 @@ class Pairs:
     source: str
     rewards: Tensor | None = None
     gold: Tensor | None = None
+    form: str = "dialogue"
 
     def __post_init__(self):
         self.starts = F.pad(self.lengths.sum(1).cumsum(0), (1, 0))
@@ -1020,7 +1050,7 @@ class Pairs:
         """The pairs at `indices`, in that order."""
         tokens = torch.cat([self.tokens[:0], *(torch.cat(self[index]).int() for index in indices.tolist())])
         rewards, gold = (None if kept is None else kept[indices] for kept in (self.rewards, self.gold))
-        return Pairs(tokens, self.lengths[indices], self.tokenizer, self.source, rewards, gold)
+        return dataclasses.replace(self, tokens=tokens, lengths=self.lengths[indices], rewards=rewards, gold=gold)
 
     def save(self, settings: CommonSettings, name: str) -> None:
         """Writes the pairs file `name` in the --out folder."""
@@ -1044,42 +1074,40 @@ def load_pairs(settings: CommonSettings, name: str) -> Pairs:
 
 def read_rows(settings: "Settings") -> Iterator[tuple[str, dict]]:
     """Yields (where, row) for each row of --data, --limit at most; `where` names the row in error messages."""
-    source = settings.data
+    source, path = settings.data, Path(settings.data)
+    of_hub = re.fullmatch(r"[\w.-]+/[\w.-]+([:@].+)?", source) and path.suffix not in ENDINGS and not path.exists()
     if source == "toy":
         rows = toy_rows(settings.limit or 10000, settings.seed, settings.label_temperature)
         rows = ((f"toy row {number}", row) for number, row in enumerate(rows, 1))
-    elif source == "tldr" or source.split(":")[0] == "hh":
-        rows = hub_rows(source)
     else:
-        rows = file_rows(Path(source))
+        rows = hub_rows(source) if of_hub or re.split("[:@]", source)[0] in HUB else file_rows(path)
     return itertools.islice(rows, settings.limit)
 
 
 def hub_rows(source: str) -> Iterator[tuple[str, dict]]:
-    """Rows of Anthropic/hh-rlhf ("hh", or a part of it, such as "hh:helpful-base") or of the comparisons of
-    openai/summarize_from_feedback ("tldr"), shuffled, since hh holds its parts one behind the other."""
+    """Rows of the hub's NAME[:PART][@SPLIT], shuffled, since hh holds its parts one behind the other."""
     import datasets
 
-    name, where = "Anthropic/hh-rlhf", {"data_dir": source.partition(":")[2] or None}
-    if source == "tldr":  # its main branch holds a script, which the library no longer runs; this one holds tables
-        name = "openai/summarize_from_feedback"
-        where = {"revision": "refs/convert/parquet", "data_files": {"train": "comparisons/train/*.parquet"}}
-    with reading(f"--data {source}", "cannot be loaded; check name and network, or name a folder with its files"):
-        rows = datasets.load_dataset(name, split="train", **where)
+    name, part, split = re.fullmatch("([^:@]+):?([^@]*)@?(.*)", source).groups()
+    repository, part_is, options = HUB.get(name, (name, "name", {}))
+    with reading(f"--data {source}", "no file, nor can the hub's be loaded; check network, name, part, @split"):
+        rows = datasets.load_dataset(repository, split=split or "train", **options | {part_is: part or None})
     for number in random.Random(0).sample(range(len(rows)), len(rows)):
-        yield f"{name} row {number + 1}", rows[number]
+        yield f"{repository} row {number + 1}", rows[number]
 
 
 def file_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """Rows of a .jsonl, .jsonl.gz, .json (a list of rows) or .parquet file, or of all such files in a folder."""
-    endings = ".jsonl", ".jsonl.gz", ".json", ".parquet"
-    files = sorted(file for file in path.iterdir() if file.name.endswith(endings)) if path.is_dir() else [path]
-    if not path.exists() or not files:
-        raise UserError(f"--data {path}: no such file, or folder with {', '.join(endings)}; or name toy, hh or tldr")
+    """Rows of a file, or of a folder's files and its subfolders', but for hidden ones and those that tell about it."""
+    found = [file for file in sorted(path.rglob("*")) if file.is_file() and "/." not in f"/{file.relative_to(path)}"]
+    files = [file for file in found if file.suffix in ENDINGS and not ABOUT.fullmatch(file.name)]
+    files = [path] if path.is_file() else files
+    if not files:
+        found = "holds only " + ", ".join(file.name for file in found[:5]) if found else "no file, or a folder without"
+        raise UserError(f"--data {path}: {found}; {FILES}; or name toy, hh, tldr or the hub's owner/name")
     for file in files:
         number, rows = 0, parse_rows(file)
         while True:
-            with reading(f"{file} row {number + 1}"):
+            with reading(f"{file} row {number + 1}", f"damaged, or of another kind; {FILES}"):
                 row = next(rows, rows)  # at the end, rows itself: a row may be null
             if row is rows:
                 break
@@ -1090,39 +1118,64 @@ def file_rows(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def parse_rows(path: Path) -> Iterator[dict]:
-    """The rows of one file, as its ending says."""
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
+    """The rows of one file, which its first bytes tell apart, whatever its name."""
+    with require_file(path).open("rb") as file:
+        start = file.peek(4)[:4]
+        if start == b"PAR1":
+            import pyarrow.parquet
 
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
-    elif path.suffix == ".json":
-        yield from json.loads(path.read_text("utf-8"))
-    else:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-            yield from (json.loads(line) for line in lines if line.strip())
+            for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
+                yield from batch.to_pylist()
+            return
+        if start == b"PK\3\4":
+            raise UserError(f"{path}: a zip archive, to be unpacked; {FILES}")
+        lines = gzip.GzipFile(fileobj=file) if start.startswith(b"\x1f\x8b") else file
+        if lines.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            lines = io.BytesIO(lines.read().decode("utf-16").encode())
+        if ".csv" in path.suffixes:
+            yield from csv.DictReader(io.TextIOWrapper(lines, "utf-8-sig", newline=""))
+            return
+        documents = (json.loads(line) for line in lines if line.strip())
+        try:
+            documents = itertools.chain([*itertools.islice(documents, 1)], documents)
+        except ValueError:  # not a document in each line, but one in all
+            lines.seek(0)
+            documents = [json.loads(lines.read())]
+        for document in documents:  # a row, a list of rows, or an object around one
+            if isinstance(document, dict) and not {"summaries", *CHOSEN} & document.keys():
+                lists = [value for value in document.values()
+                         if isinstance(value, list) and value and isinstance(value[0], dict)]
+                document = lists[0] if len(lists) == 1 else document
+            yield from document if isinstance(document, list) else [document]
 
 
-def row_texts(where: str, row: dict) -> tuple[str, str, str]:
-    """(prompt, chosen, rejected) of a row in one of three layouts: with a prompt; chosen and rejected transcripts; a
-    TL;DR comparison. Raises UserError at a row of none of these, DroppedRow at one that makes no pair."""
-    with reading(where):
-        if "summaries" in row:  # the prompt is worded as in Stiennon et al. 2020; a summary begins with a space
-            post, texts, choice = row["info"], [summary["text"] for summary in row["summaries"]], row["choice"]
-            prompt = f"SUBREDDIT: r/{post['subreddit']}\n\nTITLE: {post['title']}\n\nPOST: {post['post'] or ''}\n\n"
-            row = {"prompt": prompt + "TL;DR:", "chosen": texts[choice], "rejected": texts[1 - choice]}
-        prompt, chosen, rejected = row.get("prompt", ""), row["chosen"], row["rejected"]
-        if not isinstance(prompt + chosen + rejected, str):
-            raise TypeError("prompt, chosen and rejected must be texts")
-        if "prompt" not in row:
-            prompt, turn, chosen = chosen.rpartition(TURN)
-            other, other_turn, rejected = rejected.rpartition(TURN)
-            if not turn or not other_turn:
-                raise DroppedRow(f"no {TURN!r} turn")
-            if prompt != other:
-                raise DroppedRow("prompts differ between the sides")
-            prompt += turn
+def row_texts(where: str, row: dict) -> tuple[str | list[dict], str, str]:
+    """(prompt, chosen, rejected) of a row, the prompt as the text that it is, or as a list of messages. Raises
+    UserError at a row of no known layout, DroppedRow at one that makes no pair."""
+    if "summaries" in row:  # the prompt is worded as in Stiennon et al. 2020; a summary begins with a space
+        post, texts, choice = row["info"], [summary["text"] for summary in row["summaries"]], row["choice"]
+        prompt = f"SUBREDDIT: r/{post['subreddit']}\n\nTITLE: {post['title']}\n\nPOST: {post['post'] or ''}\n\nTL;DR:"
+        row = {"prompt": prompt, "chosen": texts[choice], "rejected": texts[1 - choice]}
+    chosen, rejected = ([row[name] for name in names if name in row] for names in (CHOSEN, REJECTED))
+    if not chosen or not rejected:
+        raise UserError(f"{where}: has only {', '.join(map(str, row)) or 'nothing'}; {LAYOUTS}")
+    if not chosen[0] or not rejected[0]:  # a null is an absent value
+        raise DroppedRow("empty response")
+    question = "\n\n".join(row[name] for name in ("question", "instruction", "input") if row.get(name))
+    parts = row.get("prompt") or row.get("conversations") or question, chosen[0], rejected[0]
+    before = list_messages(row.get("system"), "system") + list_messages(parts[0], "user")
+    if all(isinstance(part, str) for part in parts):
+        prompt, *sides = (re.sub(r"\r?\n\r?\n(Human|Assistant):", r"\n\n\1:", part) for part in parts)
+        transcripts = not prompt.strip() or all(side.lstrip().startswith("Human:") for side in sides)
+        if transcripts or ("system" not in row and row.get("prompt")):
+            before, parts = "" if transcripts else prompt, (prompt, *sides)
+    again = all(isinstance(part, str) and part.startswith(parts[0]) for part in parts)
+    (prompt, chosen), (other, rejected) = (split_side(before, side, again) for side in parts[1:])
+    if prompt != other:
+        raise DroppedRow("prompts differ between the sides")
     require_parts(prompt, chosen.strip(), rejected.strip())
+    if HUMAN in chosen or HUMAN in rejected:
+        raise DroppedRow("a human's turn inside the response")
     return prompt, chosen, rejected
 
 
@@ -1134,31 +1187,118 @@ def require_parts(prompt, chosen, rejected) -> None:
         raise DroppedRow("identical responses")
 
 
-def encode_row(settings: "Settings", tokenizer: Tokenizer, texts: tuple[str, str, str]) -> tuple[list[Tensor], bool]:
-    """Token ids of prompt, chosen and rejected, tokenised apart, and whether the prompt lost its beginning: one longer
-    than context − max_response does, since its end is the question. Raises DroppedRow at a response that is over
-    max_response with its end token: cut, it would teach the model to stop in mid-sentence."""
-    prompt, chosen, rejected = (tokenizer.encode(text) for text in texts)
-    require_parts(prompt, chosen, rejected)
-    if max(len(chosen), len(rejected)) >= settings.max_response:
+def split_side(before: str | list[dict], side, again: bool) -> tuple[str | list[dict], str]:
+    """(prompt, response) of one side of a row. A text follows the text `before`, which it may hold `again`, or is a
+    transcript, whose prompt ends at the last turn. Messages follow those `before`, or are the whole conversation,
+    beside which only a system message counts; the last one is the response."""
+    if isinstance(before, str):
+        head, turn, response = side.rpartition(TURN)
+        if not before and not turn:
+            raise DroppedRow(f"no {TURN!r} turn")
+        return (before, side.removeprefix(before if again else "")) if before else (head + turn, response)
+    messages, system = list_messages(side, "assistant"), [said for said in before if said["role"] == "system"]
+    (*prompt, last) = {"assistant": before, "system": []}.get(messages[0]["role"], system) + messages
+    if last["role"] != "assistant" or not prompt:
+        raise DroppedRow("a human's turn inside the response" if prompt else "empty prompt")
+    return prompt, last["content"]
+
+
+def list_messages(given, role: str) -> list[dict[str, str]]:
+    """A text, which `role` says, a message or a list of messages, as a list of {"role", "content"}."""
+    given, messages = [{"role": role, "content": given}] if given and isinstance(given, str) else given or [], []
+    for message in [given] if isinstance(given, dict) else given:
+        said = (message.get("role") or message["from"]).lower()
+        content = (message["content"] if "content" in message else message["value"]) or ""
+        content = content if isinstance(content, str) else "".join(part["text"] for part in content)
+        messages.append({"role": ROLES.get(said, said), "content": content})
+    return messages
+
+
+@functools.cache
+def chat_template(text: str):
+    """A chat template, compiled, with what transformers lends to one; in a sandbox: it may be anybody's program."""
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(why: str) -> typing.NoReturn:
+        raise DroppedRow(f"the chat template refuses it: {why}")
+
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    jinja.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    jinja.globals |= {"raise_exception": refuse, "strftime_now": time.strftime, "tools": None, "documents": None}
+    return jinja.from_string(text)
+
+
+def write_out(tokenizer: Tokenizer, messages: list[dict], shielded: bool = True) -> str:
+    """Messages by the model's chat template, to where an answer begins if the last is none. Control tokens are the
+    template's own, for which no text is taken that is `shielded`."""
+    if shielded:
+        messages = [message | {"content": tokenizer.shield(message["content"])} for message in messages]
+    answering = messages[-1]["role"] != "assistant"
+    chat = chat_template(tokenizer.template)
+    return chat.render(messages=messages, add_generation_prompt=answering, **tokenizer.names)
+
+
+def in_form(settings: "Settings", tokenizer: Tokenizer | None, prompt, *sides: str) -> tuple[str, list[str]]:
+    """(form, [prompt, chosen, rejected]) of what row_texts returned: messages become text, by the model's chat template
+    or, without one, as a dialogue like those of HH."""
+    template, shielded = tokenizer and tokenizer.template, settings.control_tokens == "text"
+    if isinstance(prompt, str):
+        form = "dialogue" if prompt.endswith(TURN) else "tldr" if prompt.endswith("TL;DR:") else "plain"
+        applied = template and not shielded and tokenizer.control.search(prompt)
+        return "template" if applied else form, [prompt, *sides]
+    if not template:
+        said = [SPOKEN[message["role"]] + message["content"] for message in prompt]
+        return "dialogue", ["".join(said) + TURN, *(" " + side for side in sides)]
+    written = write_out(tokenizer, prompt, shielded)
+    parts = [write_out(tokenizer, [*prompt, {"role": "assistant", "content": side}], shielded) for side in sides]
+    if not all(part.startswith(written) for part in parts):
+        raise DroppedRow("the chat template writes the prompt otherwise where an answer follows")
+    return "template", [written, *(part.removeprefix(written) for part in parts)]
+
+
+def encode_row(settings: "Settings", tokenizer: Tokenizer, form: str, parts: list[str], counts: Counter) -> list:
+    """Token ids of [prompt, chosen, rejected], tokenised apart. A prompt longer than context − max_response loses its
+    beginning, since its end is the question. Raises DroppedRow at what makes no pair: a response over max_response with
+    its end token, cut, would teach the model to stop in mid-sentence."""
+    control, begin = form == "template" or settings.control_tokens == "tokens", tokenizer.begin
+    if control:  # an end token that is there is not set twice, nor is what opens a prompt
+        end = re.escape(tokenizer.names["eos_token"]) + r"\s*\Z"
+        parts = [parts[0], *(re.sub(end, "", part) for part in parts[1:])]
+    prompt, *responses = (tokenizer.encode(part, control) for part in parts)
+    require_parts(prompt, *responses)
+    if any(tokenizer.end in response for response in responses):
+        raise DroppedRow("an end token inside the response")
+    if max(map(len, responses)) >= settings.max_response:
         raise DroppedRow(f"response over {settings.max_response} tokens")
-    room = settings.context - settings.max_response - len(tokenizer.begin)
-    parts = tokenizer.begin + prompt[-room:], [*chosen, tokenizer.end], [*rejected, tokenizer.end]
-    return [torch.tensor(ids, dtype=torch.int32) for ids in parts], len(prompt) > room
+    if prompt[: len(begin)] == begin:
+        prompt = prompt[len(begin) :]
+    elif form == "template":
+        begin = []
+    room = settings.context - settings.max_response - len(begin)
+    counts["kept: prompt cut at its beginning"] += len(prompt) > room
+    parts = begin + prompt[-room:], *([*response, tokenizer.end] for response in responses)
+    return [torch.tensor(ids, dtype=torch.int32) for ids in parts]
 
 
-def read_texts(settings: "Settings", counts: Counter, encode: Callable) -> Iterator[tuple[bool, tuple, object]]:
-    """Of each row of --data that makes a pair: is it held back to test on, its texts, and what `encode` makes of them.
-    The prompt's own hash decides, so that no prompt falls on both sides. What is dropped is counted."""
+def read_examples(settings: "Settings", counts: Counter, tokenizer: Tokenizer | None) -> Iterator[tuple]:
+    """Of each row of --data that makes a pair: is it held back to test on, its form, its texts, and their token ids, if
+    there is a tokenizer. The prompt's own hash decides, so that no prompt falls on both sides. Rows are counted."""
     share = settings.test_share if settings.test_share is not None else 0.2 if settings.data == "toy" else 0.1
     for where, row in tqdm(read_rows(settings), desc="reading", unit=" rows", leave=False):
         counts["rows read"] += 1
         try:
-            texts = row_texts(where, row)
-            digest = hashlib.sha256(f"{settings.seed} {texts[0]}".encode(errors="replace")).digest()
-            yield int.from_bytes(digest[:8], "big") < share * 2**64, texts, encode(texts)
+            with reading(where):
+                texts = row_texts(where, row)
+                form, parts = in_form(settings, tokenizer, *texts)
+                ids = encode_row(settings, tokenizer, form, parts, counts) if tokenizer else None
         except DroppedRow as problem:
             counts[f"dropped: {problem}"] += 1
+            continue
+        spelled = tokenizer is not None and tokenizer.control.search(str(texts)) is not None
+        counts[f"kept: control tokens spelled out, read as --control-tokens {settings.control_tokens}"] += spelled
+        digest = hashlib.sha256(f"{settings.seed} {texts[0]}".encode(errors="replace")).digest()
+        yield int.from_bytes(digest[:8], "big") < share * 2**64, form, parts, ids
 
 
 def read_pairs(settings: "Settings", tokenizer: Tokenizer | None = None) -> tuple[Pairs, Pairs]:
@@ -1166,34 +1306,47 @@ def read_pairs(settings: "Settings", tokenizer: Tokenizer | None = None) -> tupl
     is trained in a first pass, on the training text alone. What was done with the rows is counted and printed."""
     if tokenizer is None:
         size = settings.vocabulary or (640 if settings.data == "toy" else 4096)
-        rows = read_texts(settings, Counter(), encode=lambda texts: None)
-        training_texts = (texts for held_back, texts, _ in rows if not held_back)
+        examples = read_examples(settings, Counter(), None)
+        training_texts = (texts for held_back, _, texts, _ in examples if not held_back)
         tokenizer = train_tokenizer(itertools.chain.from_iterable(training_texts), size)
     if settings.context - settings.max_response <= len(tokenizer.begin):
         raise UserError(f"--max-response {settings.max_response} leaves no room in --context {settings.context}")
-    counts, golds, parts = Counter({"rows read": 0}), ([], []), ([], [])  # the latter two of training and test pairs
-    encode = functools.partial(encode_row, settings, tokenizer)
-    for side, texts, (encoded, shortened) in read_texts(settings, counts, encode):
-        parts[side].extend(encoded)
+    counts, forms = Counter({"rows read": 0}), Counter()
+    golds, parts = ([], []), ([], [])  # of training and test pairs
+    for side, form, texts, ids in read_examples(settings, counts, tokenizer):
+        parts[side].extend(ids)
         golds[side].append([gold_reward(texts[0], text) for text in texts[1:]] if settings.data == "toy" else [])
-        counts["kept: prompt cut at its beginning"] += shortened
+        forms[form] += 1
     sides = []
     for some, gold in zip(parts, golds, strict=True):
         tokens = torch.cat([torch.empty(0, dtype=torch.int32), *some])
         lengths = torch.tensor([len(part) for part in some], dtype=torch.long).view(-1, 3)
         gold = torch.tensor(gold) if settings.data == "toy" else None
-        sides.append(Pairs(tokens, lengths, tokenizer, settings.data, gold=gold))
+        form = max(forms, key=forms.get, default="plain")
+        sides.append(Pairs(tokens, lengths, tokenizer, settings.data, gold=gold, form=form))
     print(f"{len(sides[0])} training pairs, {len(sides[1])} test pairs, {tokenizer.size} tokens")
     for what, times in (+counts).items():  # + leaves out those that are 0
         print(f"  {what}: {times}")
-    if not all(len(side) for side in sides):
-        raise UserError(f"--data {settings.data}: no pairs left to train or to test on")
+    for side, use in zip(sides, ("train on; lower", "test on; raise"), strict=True):
+        if not len(side):
+            _, row = next(read_rows(settings))
+            raise UserError(f"--data {settings.data}: no pairs left to " + (
+                f"{use} --test-share, or read more rows (--limit)" if forms else
+                f"{use.split(';')[0]}: all rows, of {', '.join(row)}, were dropped as counted; {LAYOUTS}"))
     return tuple(sides)
+
+
+def ask_in_form(tokenizer: Tokenizer, form: str, question: str) -> Tensor:
+    """Token ids [L] of a prompt that asks `question` in the form that a pairs file has, unless it ends as one."""
+    if form == "template":
+        return torch.tensor(tokenizer.encode(write_out(tokenizer, list_messages(question, "user")), control=True))
+    text = question if question.endswith((TURN, "TL;DR:")) else FORMS[form].format(question)
+    return torch.tensor(tokenizer.begin + tokenizer.encode(text))
 
 
 # ---- Files ----
 
-FORMAT = 4  # of this project's files
+FORMAT = 5  # of this project's files
 
 
 def find_file(settings: CommonSettings, name: str) -> Path:
@@ -1479,9 +1632,12 @@ def import_tokenizer(folder: Path) -> Tokenizer:
         added = {token["id"]: token["content"] for token in read_json(path)["added_tokens"]}
     with reading(about):
         said = read_json(about) if about.is_file() else {}
-        template = jinja.read_text("utf-8") if jinja.is_file() else said.get("chat_template")
-        end = said.get("eos_token")
-        end = end["content"] if isinstance(end, dict) else end
+        template = said.get("chat_template")
+        if isinstance(template, list):  # of several, by name
+            template = {one["name"]: one["template"] for one in template}.get("default")
+        template = jinja.read_text("utf-8") if jinja.is_file() else template
+        end, bos = (name["content"] if isinstance(name, dict) else name
+                    for name in (said.get("eos_token"), said.get("bos_token")))
     if end not in added.values():
         with reading(folder / "config.json"):
             number = read_json(folder / "config.json").get("eos_token_id")
@@ -1490,7 +1646,7 @@ def import_tokenizer(folder: Path) -> Tokenizer:
         raise UserError(f"{folder}: neither tokenizer_config.json nor config.json names an end-of-text token")
     with reading(path):
         try:
-            return Tokenizer(path.read_text("utf-8"), end, template if isinstance(template, str) else None)
+            return Tokenizer(path.read_text("utf-8"), end, template, bos)
         except ValueError as error:
             raise UserError(f"{path}: {error} is not supported, only byte-level BPE as in Llama 3 or GPT-2") from error
 
@@ -1756,7 +1912,8 @@ def finish(settings: CommonSettings, fields: list[str], command: str, flags: str
 class Settings(TrainingSettings):
     """Flags of this stage."""
 
-    data: str = flag("toy", "toy, hh[:part], tldr, a .jsonl[.gz], .json or .parquet file or folder, or a pairs file")
+    data: str = flag("toy", "toy, hh[:part], tldr, the hub's owner/name[:config][@split], a file, folder or pairs file")
+    control_tokens: Literal["text", "tokens"] = flag("text", "what control tokens spelled out in the data are read as")
     init: str | None = flag(None, "Hugging Face folder or repository id, or a checkpoint [a new model]")
     extrapolate: str | None = flag(None, "only move --init on, by --alpha times its way from this checkpoint (ExPO)")
     alpha: float = flag(0.5, "α: how far --extrapolate moves it on")

@@ -124,7 +124,7 @@ def own_answers(settings: Settings, pairs: Pairs, model: RewardModel, device: to
     write_file(Path(settings.out) / Path(settings.easy).with_suffix(".jsonl"), json.dumps(log) + "\n")
     lengths = torch.tensor([len(part) for part in parts]).view(-1, 3)
     rewards, gold = (None if known is None else known.gather(1, places)[kept] for known in (rewards, gold))
-    return Pairs(torch.cat(parts).int(), lengths, tokenizer, pairs.source, rewards, gold)
+    return Pairs(torch.cat(parts).int(), lengths, tokenizer, pairs.source, rewards, gold, pairs.form)
 
 
 def histogram(gaps: Tensor, wrong: Tensor | None, threshold: float) -> str:

@@ -18,7 +18,7 @@ from conftest import TINY, make_pairs, plain_logprobs, plain_score, write
 
 import evaluate
 from evaluate import POINTS, Settings, answer, ask, judge, length_controlled, summarise, table, tally
-from model import GPT, UserError, generate, mixed_seed, train_tokenizer
+from model import GPT, UserError, ask_in_form, generate, mixed_seed, train_tokenizer
 from reward import RewardModel, wilson_interval
 
 LETTERS = train_tokenizer([], 257)  # the bytes and the end token
@@ -47,7 +47,7 @@ def four_pairs(source="toy", repeat=1):
 @pytest.fixture
 def out(tmp_path):
     """A folder with SFT, a policy and a reward model."""
-    write(tmp_path, LETTERS, sft=SFT, ppo=OTHER, reward=SCORER)
+    write(tmp_path, LETTERS, sft=SFT, ppo=OTHER, reward=SCORER, test=four_pairs())
     return tmp_path
 
 
@@ -181,8 +181,12 @@ def test_prompt_prints_every_policys_answer(run, out, capsys):
     for name, policy in (("SFT", SFT), ("MPO", OTHER)):
         expected = LETTERS.decode(generate(policy, PROMPTS[:1], END, 12, 0.0)[0]).rstrip("\ufffd")
         assert f"{name:12s} {expected}\n" in printed
-    run(evaluate, flags, QUESTIONS[0])  # a prompt as in the data is one
-    assert capsys.readouterr().out == printed
+    for form, question in (("plain", QUESTIONS[0]), ("dialogue", QUESTIONS[0]), ("tldr", ASKED[0])):
+        write(out, test=replace(four_pairs(), form=form))
+        run(evaluate, flags, question)  # a prompt as in the data is one
+        assert (capsys.readouterr().out == printed) == (form != "tldr")
+    plain, tldr = (ask_in_form(LETTERS, form, "{}") for form in ("plain", "tldr"))
+    assert LETTERS.decode(plain) == "{}" and LETTERS.decode(tldr) == "POST: {}\n\nTL;DR:"
     with pytest.raises(UserError, match="context"):
         run(evaluate, flags, "x" * 500)
 

@@ -524,19 +524,28 @@ def data_of(ending, *rows):
 
 
 def texts_of(path):
-    return [row_texts(where, row) for where, row in read_rows(Settings(data=str(path)))]
+    found = []
+    for where, row in read_rows(Settings(data=str(path))):
+        with model.reading(where):
+            found.append(tuple(model.in_form(Settings(), None, *row_texts(where, row))[1]))
+    return found
 
 
 def made_by_hand(tokenizer, row, room, max_response):
     """The first rule that drops a row, or else the ids of its three parts; `room` is what a prompt may have of them."""
-    texts, (first, turn, second, other) = [row.get("prompt"), row["chosen"], row["rejected"]], [True] * 4
-    if texts[0] is None:
-        (first, turn, chosen), (second, other, rejected) = (text.rpartition(TURN) for text in texts[1:])
+    prompt, *sides = row.get("prompt", ""), row["chosen"], row["rejected"]
+    texts, (first, turn, second, other) = [prompt, *sides], [True] * 4
+    if not prompt.strip() or all(side.lstrip().startswith("Human:") for side in sides):
+        (first, turn, chosen), (second, other, rejected) = (side.rpartition(TURN) for side in sides)
         texts = [first + turn, chosen, rejected]
+    elif all(side.startswith(prompt) for side in sides):
+        texts = [prompt, *(side[len(prompt) :] for side in sides)]
     (prompt, *ids), words = map(tokenizer.encode, texts), [text.strip() for text in texts[1:]]
     for broken, rule in (
-        (not turn or not other, r"no '\n\nAssistant:' turn"), (first != second, "prompts differ between the sides"),
-        (not texts[0], "empty prompt"), (not all(words), "empty response"), (len({*words}) < 2, "identical responses"),
+        (not all(sides), "empty response"), (not turn or not other, r"no '\n\nAssistant:' turn"),
+        (first != second, "prompts differ between the sides"), (not all(words), "empty response"),
+        (words[0] == words[1], "identical responses"),
+        (any("\n\nHuman:" in text for text in texts[1:]), "a human's turn inside the response"),
         (not prompt, "empty prompt"), (not all(ids), "empty response"), (ids[0] == ids[1], "identical responses"),
         (max(map(len, ids)) + 1 > max_response, f"response over {max_response} tokens"),
     ):
@@ -564,26 +573,37 @@ def test_hostile_rows_become_pairs_or_are_counted(tokenizer, max_response, room,
     assert sorted(pairs) == sorted(parts for parts in made if isinstance(parts, list))
     counts = Counter(f"dropped: {rule}" for rule in made if isinstance(rule, str))
     counts |= {"rows read": 300, "kept: prompt cut at its beginning": sum(parts not in uncut for parts in made)}
+    spelled = [isinstance(parts, list) and re.search(r"<\|(endoftext|padding)\|>", "".join(row.values()))
+               for parts, row in zip(made, rows, strict=True)]
+    counts["kept: control tokens spelled out, read as --control-tokens text"] = sum(map(bool, spelled))
     shown = re.findall(r"^  (.*): (\d+)$", capsys.readouterr().out, re.M)
     assert {what: int(count) for what, count in shown} == counts and len(counts) >= 7
     other_side = read_pairs(settled(data=f"{tmp_path}/rows.jsonl", seed=1, **flags), tokenizer)[0]
     assert not torch.equal(other_side.tokens, sides[0].tokens)  # --seed says which prompts are held back
 
 
-def test_files_of_a_folder_give_their_rows_in_order(tmp_path):
+def test_files_of_a_folder_give_their_rows_in_order(tmp_path, monkeypatch):
     expected = []
-    for path in (tmp_path / name for name in ("-x.jsonl", "a b.json", "c.parquet", "d.jsonl.gz", "naïve %s 漢.json")):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    names = "-x.jsonl", "a b.json", "c.parquet", "d.jsonl.gz", "deep/er/x.jsonl", "deep/x.parquet", "naïve %s 漢.json"
+    for path in (tmp_path / name for name in names):
         if path.suffix == ".parquet" and not pyarrow:
             continue
         rows = [{"prompt": f"{path.name} {number}", "chosen": "é\n漢🙂", "rejected": "2"} for number in range(3)]
         path.write_bytes(data_of(path.name[path.name.index(".") :], *rows))
         expected += [(f"{path} row {number}", row) for number, row in enumerate(rows, 1)]
-    (tmp_path / "README.md").write_text("no rows")
+    for name in ("README.md", "dataset_info.json", "deep/LICENSE", ".gitattributes", ".hidden.jsonl"):
+        (tmp_path / name).write_text("no rows")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "zipped").mkdir()
+    (tmp_path / "zipped" / "rows.zip").write_bytes(b"PK")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep" / "-x").write_bytes(TABLE if pyarrow else GOOD)
+    assert texts_of("deep/-x") == [TEXTS]  # not a name on the hub
     for limit in (None, 15, 7):
         assert list(read_rows(Settings(data=str(tmp_path), limit=limit))) == expected[:limit]
-    for name in ("none.jsonl", "empty", "a/b.json"):
-        with pytest.raises(UserError, match=f"{tmp_path / name}: "):
+    for name in ("none.jsonl", "empty", "a/b.json", "zipped"):
+        with pytest.raises(UserError, match=f"{tmp_path / name}: (no file|holds only rows.zip).* read are JSON Lines"):
             texts_of(tmp_path / name)
 
 
@@ -593,9 +613,44 @@ TALK = {side: f"\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: {side}" f
 COMPARISON = {"info": {"subreddit": "tifu", "title": "So", "post": "I did it.", "site": None}, "choice": 1,
               "summaries": [{"text": " 0", "policy": "s"}, {"text": " 1"}], "worker": "w"}
 OTHER = COMPARISON | {"choice": 0, "info": {"subreddit": "cats", "title": "T", "post": None}}
-GOOD, ZIPPED = data_of(".jsonl", PLAIN), data_of(".jsonl.gz", PLAIN)
+GOOD, ZIPPED, TABLE = (data_of(ending, PLAIN) for ending in (".jsonl", ".jsonl.gz", ".parquet"))
 BARE = GOOD[:-1]
+ASKED, ANSWERS = "\n\nHuman: q\n\nAssistant:", [" a", " b"]
+ALIKE = {"prompt": ASKED, "chosen": " a", "rejected": " b"}
+
+
+def says(*texts, who=("role", "content"), roles=("user", "assistant")):
+    """Messages of a user and an assistant in turn."""
+    return [{who[0]: roles[number % 2], who[1]: text, "more": None} for number, text in enumerate(texts)]
+
+
+SHARED = {"who": ("from", "value"), "roles": ("human", "gpt")}
+SAYS_A, SAYS_B, SAYS_Q = says("", "a")[1:], says("", "b")[1:], says("q")
+SYSTEM = [{"role": "system", "content": "s"}]
+SAME_PAIR = [  # rows of many data sets that all mean ALIKE
+    {"chosen": says("q", "a"), "rejected": says("q", "b")}, {"prompt": SAYS_Q, "chosen": SAYS_A, "rejected": SAYS_B},
+    {"prompt": "q", "chosen": SAYS_A, "rejected": SAYS_B}, {"prompt": SAYS_Q[0], "chosen": "a", "rejected": SAYS_B[0]},
+    {"prompt": "?", "messages": says("q", "a"), "chosen": says("q", "a"), "rejected": says("q", "b"), "score": 1.0},
+    {"prompt": says("q", **SHARED), "chosen": says("q", "a", **SHARED), "rejected": says("q", "b", **SHARED)},
+    {"conversations": says("q", **SHARED), "chosen": {"from": "gpt", "value": "a"}, "rejected": "b"},
+    {"system": "", "question": "q", "chosen": "a", "rejected": "b"},
+    {"instruction": "q", "preferred_output": "a", "non_preferred_output": "b"},
+    {"input": "q", "system": None, "chosen_response": "a", "rejected_response": "b"},
+    {"prompt": "q", "system": "", "chosen": "a", "rejected": "b"},
+    *({"prompt": prompt, "chosen": ASKED + " a", "rejected": ASKED + " b"} for prompt in (None, "", ASKED, "q")),
+    {side: text.replace("\n", "\r\n") for side, text in ALIKE.items()},
+    {side: (ASKED + text).replace("\n", "\r\n") for side, text in zip(("chosen", "rejected"), ANSWERS, strict=True)},
+]
 RIGHT_FILES = [
+    (data_of(".jsonl", *SAME_PAIR), [(ASKED, *ANSWERS)] * len(SAME_PAIR)),
+    (data_of(".json", {"rows": SAME_PAIR[:2], "version": 1})[1:-1], [(ASKED, *ANSWERS)] * 2),
+    (json.dumps(SAME_PAIR, indent=1).encode("utf-16"), [(ASKED, *ANSWERS)] * len(SAME_PAIR)),
+    (data_of(".jsonl", {"system": "s", "instruction": "q", "input": "r", "chosen": "a", "rejected": "b"},
+             {"prompt": SYSTEM, "chosen": says("q", "c", "r", "a"), "rejected": SYSTEM + says("q", "c", "r", "b")},
+             {"prompt": "qq", "chosen": "qq a", "rejected": "qq b"},
+             {"prompt": "qq", "chosen": "qq a", "rejected": "b"}),
+     [("s\n\nHuman: q\n\nr" + TURN, *ANSWERS), (f"s\n\nHuman: q{TURN} c\n\nHuman: r{TURN}", *ANSWERS),
+      ("qq", *ANSWERS), ("qq", "qq a", "b")]),
     (data_of(".jsonl", TALK, PLAIN, COMPARISON, OTHER), [
         ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", " chosen", " rejected"), TEXTS,
         ("SUBREDDIT: r/tifu\n\nTITLE: So\n\nPOST: I did it.\n\nTL;DR:", " 1", " 0"),
@@ -607,23 +662,25 @@ RIGHT_FILES = [
     (BARE[:-1] + rb', "prompt": "\ud83d\ude42 \udfff\u0061"}', [("🙂 \udfffa", *TEXTS[1:])]),
     *((data_of(".jsonl", PLAIN | {"prompt": text}), [(text, *TEXTS[1:])]) for text in ("a\u2028b\x85c", "ab" * 10**6)),
 ]
-RUBBISH = [b"\x00" * 100, b"\x1f\x8b", b"PAR1", b"PAR1PAR1", b"\xff\xfe", b"{", b"nonsense", b"PK\x03\x04"]
+RUBBISH = [b"\x00" * 100, b"\x1f\x8b", b"PAR1", b"PAR1PAR1", b"\xff\xfe\x00", b"{", b"nonsense"]
 NO_ROWS = [b"[" * 100_000, b"9" * 5000, b"3", b"NaN", b"null", b"[3]", b'"prompt"', b"[null]", b"[[]]", b"[{}]", b"[["]
 BAD_LINES = [b'{"chosen": "a", "rejected": "\xff"}', b'{"chosen": "a\x01", "rejected": "b"}', b"{'prompt': 'a'}",
              b'{"prompt": "a", }', GOOD[:-9], GOOD[1:], BARE.decode().encode("utf-16")]
-BAD_ROWS = [{}, {"chosen": "a"}, {"rejected": "a"}, {"chosen": 3, "rejected": "a"}, PLAIN | {"prompt": None}, ["a"],
-            PLAIN | {"rejected": ["b"]}, dict.fromkeys(PLAIN, 1), {side: ["a"] for side in PLAIN},
+BAD_ROWS = [{}, {"chosen": "a"}, {"rejected": "a"}, {"chosen": 3, "rejected": "a"}, PLAIN | {"prompt": 1}, ["a"],
+            PLAIN | {"rejected": ["b"]}, dict.fromkeys(PLAIN, 1), {side: ["a"] for side in PLAIN}, {"data": [3]},
+            *(ALIKE | {"chosen": [message]} for message in ({"role": "assistant", "text": "a"}, {"content": "a"})),
             *(COMPARISON | {name: bad} for name, bad in (("choice", 2), ("info", None), ("summaries", [])))]
-TABLE, BINARY = data_of(".parquet", PLAIN), data_of(".parquet", dict.fromkeys(PLAIN, b"a"))
+BINARY = data_of(".parquet", dict.fromkeys(PLAIN, b"a"))
 BAD_FILES = [
-    *((ending, data, " row 1: ") for ending in (".jsonl", ".jsonl.gz", ".json", ".parquet") for data in RUBBISH),
+    *((ending, data, " row 1: ") for ending in (".jsonl", ".json", ".parquet") for data in RUBBISH),
     *((".jsonl", GOOD + data + b"\n" + GOOD, " row 2: ") for data in RUBBISH + NO_ROWS + BAD_LINES),
     *((".jsonl", data_of(".jsonl", PLAIN, row, PLAIN), " row 2: ") for row in BAD_ROWS),
-    *((".json", data, " row 1: ") for data in [*NO_ROWS, GOOD, BARE, data_of(".json", PLAIN)[:-1]]),
-    (".jsonl", b"\n \n", ": "), (".json", b"[]", ": "), (".jsonl.gz", gzip.compress(b""), ": "),
+    *((".json", data, " row 1: ") for data in [*NO_ROWS, data_of(".json", PLAIN)[:-1]]),
+    *((".jsonl", data, ": holds no rows") for data in (b"\n \n", b"[]", gzip.compress(b""), b"\xff\xfe")),
+    (".jsonl", b"PK\x03\x04", ": a zip archive"), (".jsonl", b"version https://git-lfs\n", ": a Git LFS pointer"),
+    (".json", b'[{"text": "a", "n": 1}]', " row 1: has only text, n; rows need chosen and rejected"),
     *((".jsonl.gz", data, " row 2: ") for data in (ZIPPED[:-1], ZIPPED[:-9] + bytes(9), ZIPPED + b"rubbish")),
-    (".parquet", data_of(".parquet", PLAIN, {"prompt": "a"}), " row 2: "),
-    *((".parquet", data, " row 1: ") for data in (b"", TABLE[:-40], TABLE[:-8] + b"\xff\xff\xff\x7fPAR1", BINARY)),
+    *((".parquet", data, " row 1: ") for data in (TABLE[:-40], TABLE[:-8] + b"\xff\xff\xff\x7fPAR1", BINARY)),
 ]
 
 
@@ -643,9 +700,11 @@ def test_odd_files_are_read_right_and_bad_ones_are_one_line_that_names_file_and_
 
 
 @pytest.mark.parametrize("source, name, where", [
+    ("a/b", "a/b", {"name": None}), ("a-b/c.d:e@f_g", "a-b/c.d", {"name": "e", "split": "f_g"}),
+    ("hh@test", "Anthropic/hh-rlhf", {"data_dir": None, "split": "test"}),
     ("hh", "Anthropic/hh-rlhf", {"data_dir": None}), ("hh:part", "Anthropic/hh-rlhf", {"data_dir": "part"}),
     ("tldr", "openai/summarize_from_feedback",
-     {"revision": "refs/convert/parquet", "data_files": {"train": "comparisons/train/*.parquet"}}),
+     {"name": None, "revision": "refs/convert/parquet", "data_files": {"train": "comparisons/train/*.parquet"}}),
 ])
 def test_data_sets_of_the_hub_are_read_in_a_fixed_order_that_mixes_their_parts(source, name, where, monkeypatch):
     datasets = pytest.importorskip("datasets")
@@ -660,6 +719,24 @@ def test_data_sets_of_the_hub_are_read_in_a_fixed_order_that_mixes_their_parts(s
         list(read_rows(Settings(data=source)))
 
 
+DROPPED = {
+    "empty response": [PLAIN | {"rejected": None}, {"prompt": "q", "chosen": SAYS_A, "rejected": says("", None)[1:]}],
+    "a human's turn inside the response": [
+        TALK | {side: text + "\r\n\r\nHuman: d" for side, text in TALK.items()}, PLAIN | {"chosen": "c\n\nHuman: d"},
+        {"chosen": says("q", "a", "r"), "rejected": says("q", "b", "r")}],
+    "prompts differ between the sides": [{"chosen": says("q", "a"), "rejected": says("r", "b")}],
+    "empty prompt": [{"chosen": SAYS_A, "rejected": SAYS_B}], "no '\\n\\nAssistant:' turn": [PLAIN | {"prompt": None}],
+}
+
+
+def test_what_makes_no_pair_is_counted_and_an_empty_side_names_the_flag(tmp_path, capsys):
+    for rule, rows in DROPPED.items():
+        (tmp_path / "rows").write_bytes(data_of(".jsonl", *rows))
+        with pytest.raises(UserError, match=r"all rows, of .*\bchosen.*, were dropped"):
+            read_pairs(settled(data=f"{tmp_path}/rows"), TOY)
+        assert f"  dropped: {rule}: {len(rows)}\n" in capsys.readouterr().out
+
+
 def test_training_and_test_pairs_share_no_prompt_and_know_their_gold_reward():
     for share in (0.35, None):  # the toy world's own is 0.2
         train, test = read_pairs(settled(limit=400, test_share=share))
@@ -672,8 +749,8 @@ def test_training_and_test_pairs_share_no_prompt_and_know_their_gold_reward():
         assert test.gold[index].tolist() == [gold_reward(prompt, response) for response in responses]
     texts = [text for _, row in read_rows(settled(limit=400)) if row["prompt"] in prompts[0] for text in row.values()]
     assert train.tokenizer.state == train_tokenizer(texts, 640).state  # it has not seen what is held back
-    for share in (0.0, 1.0):
-        with pytest.raises(UserError, match="no pairs left"):
+    for share, says in ((0.0, "test on; raise --test-share"), (1.0, "train on; lower --test-share")):
+        with pytest.raises(UserError, match=f"no pairs left to {says}"):
             read_pairs(settled(limit=50, test_share=share), TOY)
 
 

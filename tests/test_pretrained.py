@@ -6,6 +6,7 @@ import json
 import random
 import re
 import unicodedata
+from collections import Counter
 
 import pytest
 import torch
@@ -78,12 +79,14 @@ def made(*words, bpe=None, form=None, first=(), special=(END,), added=(), openin
                                       initial_alphabet=["!"] if first else ALPHABET)
         tokenizer.train_from_iterator([SAMPLE] * 3 if first else [SAMPLE] * 3 + texts, trainer)
     words = [pre_tokenizers.Split(Regex(word), "isolated") if isinstance(word, str) else word for word in words]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words) if len(words) > 1 else words[0]
+    nested = pre_tokenizers.Sequence([pre_tokenizers.Sequence([]), words[0], pre_tokenizers.Sequence(words[1:])])
+    tokenizer.pre_tokenizer = nested if len(words) > 1 else words[0]
     tokenizer.add_special_tokens([] if first else [*special])
     tokenizer.add_tokens([*added])
     if opening:
         pair = (opening, tokenizer.token_to_id(opening))
-        tokenizer.post_processor = processors.TemplateProcessing(f"{opening} $A", special_tokens=[pair])
+        template = processors.TemplateProcessing(f"{opening} $A", special_tokens=[pair])
+        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(), processors.Sequence([template])])
     return tokenizer
 
 
@@ -143,6 +146,78 @@ def test_ids_and_texts_equal_those_of_the_tokenizers_library(kind):
         some = [random.Random(seed).choices(range(280 if seed % 2 else ours.size), k=seed % 9) for seed in range(800)]
         assert [ours.decode(ids) for ids in some] == theirs.decode_batch(some, skip_special_tokens=True)
         assert ours.decode(torch.tensor([ours.end, *ours.encode("Hi"), ours.size, 10**9, -1])) == "Hi"
+
+
+# ---- Chat templates ----
+
+CHATS = [  # of Qwen's kind, whose end token is not the tokenizer's last word; of Llama 3's; of Mistral's
+    ("qwen", "<|im_end|>", """{%- if messages[0].role != "system" %}<|im_start|>system\nHelp.<|im_end|>\n{% endif %}
+{%- for message in messages %}{{ "<|im_start|>" + message["role"] + "\n" + message["content"] + "<|im_end|>\n" }}
+{%- if message.content == "go on" %}{% continue %}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ "<|im_start|>assistant\n" }}{% endif %}"""),
+    ("llama3", END, """{{- bos_token }}{% if tools is not none %}{{ tools | tojson }}{% endif %}
+{%- for message in messages %}
+    {{- "[" + message.role + "]\n\n" + message.content | trim + eos_token }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "[assistant]\n\n" }}{% endif %}
+"""),
+    ("llama3", END, """{{ bos_token }}{% for message in messages %}{% if message.role == "user" %}
+{{- "[INST] " + message.content + " [/INST]" }}{% elif message.role == "assistant" %}
+{{- " " + message.content + eos_token }}{% else %}{{ raise_exception("no " + message.role) }}{% endif %}
+{%- endfor %}"""),
+    ("llama3", END, """{% for message in messages %}
+  {% if true %}
+{{ message.content + eos_token }}
+  {%- endif %}
+{% endfor %}"""),  # nothing begins, and a prompt ends as an answer does
+]
+
+
+@pytest.mark.parametrize("kind, end, template", CHATS, ids=["qwen", "llama3", "mistral", "bare"])
+def test_message_lists_get_the_ids_of_chat_templates_in_transformers(kind, end, template):
+    """Names of control tokens in what people say are text, or tokens by flag; one end token, and one beginning."""
+    begin, rng, roles = {"llama3": "<s>"}.get(kind), random.Random(0), ["system", "user", "assistant", "user"]
+    names = {"eos_token": end, "bos_token": begin, "chat_template": template}
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=original(kind), **names)
+    ours, counts = Tokenizer(original(kind).to_str(), end, template), Counter()
+
+    def encoded(prompt, answers, control, parts=None):
+        settings = model.Settings(context=10**6, max_response=10**5, control_tokens=control)
+        said = [{"role": "assistant", "content": answer} for answer in answers]
+        row = {"prompt": prompt, "chosen": [said[0]], "rejected": [*prompt, said[1]]}
+        form, parts = model.in_form(settings, ours, *(parts or model.row_texts("row", row)))
+        assert form == "template"
+        return [ids.tolist() for ids in model.encode_row(settings, ours, form, parts, counts)]
+
+    def by_template(messages, asked):
+        return theirs.apply_chat_template(messages, add_generation_prompt=asked, return_dict=False)
+
+    texts = [text for text in TEXTS if not re.search(r"<\||</?s>", text)]
+    for number in range(200):
+        some = roles[0 if kind == "qwen" and number % 2 else 1 :][: 1 if number % 3 else 4]
+        some = some[:-1] if some[-1] == "assistant" else some if some[-1] == "user" else roles[1:2]
+        control, name = ("text", "") if number % 4 else ("tokens", rng.choice([*ours.special]))
+        prompt = [{"role": role, "content": rng.choice(texts) + (name if role == "user" else "")} for role in some]
+        answers = [f"A{rng.choice(texts)}", f"B{rng.choice(texts)}"]
+        ids, *sides = encoded(prompt, answers, control)
+        assert ids == by_template(prompt, True)
+        for answer, side in zip(answers, sides, strict=True):
+            whole = by_template([*prompt, {"role": "assistant", "content": answer}], False)
+            assert ids + side == whole[: len(whole) - whole[::-1].index(ours.end)]
+            assert side.count(ours.end) == 1 and side[-1] == ours.end
+    written = theirs.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    assert encoded(prompt, answers, "tokens", (written, *(f"{a}{end} \n" for a in answers)))[0] == ids
+    spelled, plain = ([{"role": "user", "content": text}] for text in (f"{end}<s>{end}", "x"))
+    found = [[token for token in encoded(prompt, (f"A{end}C", "B"), "text")[part] if token in ours.special.values()]
+             for prompt in (spelled, plain) for part in (0, 1)]
+    assert found[:2] == found[2:] and f"{end}<s>{end}" in theirs.decode(encoded(spelled, "AB", "text")[0])
+    with pytest.raises(model.DroppedRow, match="an end token inside"):
+        encoded(plain, (f"A{end}C", "B"), "tokens")
+    asked = model.ask_in_form(ours, "template", spelled[0]["content"])
+    assert asked.tolist() == encoded(spelled, "AB", "text")[0]
+    if "raise_exception" in template:
+        with pytest.raises(model.DroppedRow, match="refuses it: no system"):
+            encoded([{"role": "system", "content": "s"}, *plain], "AB", "text")
 
 
 # ---- Models, written by transformers ----
@@ -205,6 +280,10 @@ def test_end_and_template_are_what_the_folder_names(folder):
         config(eos_token_id=number)(folder)
         ours = import_model(folder)[1]
         assert (ours.end, ours.template) == (257, template)
+    named = [{"name": "default", "template": "{{ 2 }}"}, {"name": "tool_use", "template": "{{ 3 }}"}]
+    about.write_text(json.dumps({"chat_template": named, "bos_token": {"content": "<e>"}}))
+    assert import_model(folder)[1].names == {"eos_token": "<e>", "bos_token": "<e>"}
+    assert import_model(folder)[1].template == "{{ 2 }}"
     about.write_text(json.dumps(old))
     (folder / "chat_template.jinja").write_text("{{ 'fïle' }}", "utf-8")
     assert import_model(folder)[1].template == "{{ 'fïle' }}"

@@ -932,7 +932,7 @@ TOY_FILLER = ["Well, it depends.", "There are many ways to see this.", "Some peo
               "Anyway, that is life."]
 TOY_BEST_REWARD = 4.0  # three steps and two polite sentences, nothing else
 # Probability of each slip: a step for another task, about another object, a sentence said again. They are rare: the
-# more there are the less rewards agree with gold, and even at 20% the reward model ranks at most half of them right.
+# more there are the less rewards agree with gold, and even of 20% the reward model ranks only about half right.
 TOY_SLIPS = 0.01
 # At this temperature the gold reward agrees with 69% of the labels of pairs that differ in it: about the middle of what
 # is reported for people, 63% on HH-RLHF (Bai et al. 2022) and 73% on TL;DR (Stiennon et al. 2020).

@@ -498,8 +498,8 @@ def test_gold_reward_by_hand(response, score):
     (0, 1, 1), (1e-308, 1, 1), (1, 0.8, 0.965), (1.5, 0.73, 0.91), (2, 0.69, 0.85), (3, 0.635, 0.76)])
 def test_toy_labels_are_bradley_terry_draws_at_a_temperature(temperature, agreement, on_clear):
     """Shares of labels that gold agrees with: without ties, which a coin decides at 0 too, and at gaps over 2.5."""
-    gaps, said = [], []
-    for row, usual in zip(toy_rows(4000, 1, temperature), toy_rows(4000, 1), strict=True):
+    gaps, said, rows = [], [], read_rows(Settings(limit=4000, seed=1, label_temperature=temperature))
+    for (_, row), usual in zip(rows, toy_rows(4000, 1), strict=True):
         gaps.append(gold_reward(row["prompt"], row["chosen"]) - gold_reward(row["prompt"], row["rejected"]))
         said += [re.findall(r" [^.!?]+[.!?]", row[side]) for side in ("chosen", "rejected")]
         assert {*row.values()} == {*usual.values()} and (gaps[-1] or row == usual)

@@ -19,8 +19,6 @@ torch.set_num_threads(1)  # tests are tiny: more threads would spend their time 
 TINY = Config(vocabulary=97, dim=32, layers=2, heads=4, kv_heads=2, mlp=64, context=128, head_dim=16)
 CPU, END = torch.device("cpu"), TINY.vocabulary - 1
 BYTES = Tokenizer(tokenizer_json({SYMBOLS[byte]: byte for byte in range(END)}), END_OF_TEXT)  # its end token is END
-
-
 # By device and dtype, how far off may be: log-probs from those of fp32 or float64 on the CPU; a model's gradients,
 # relative to their norm; and log-probs of the same rows with and without gradients, which a GPU compiles apart.
 TOLERANCES = {("cpu", "fp32"): (1e-5, 1e-6, 0.0), ("cpu", "bf16"): (0.15, 0.02, 0.0),

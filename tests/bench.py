@@ -496,9 +496,8 @@ def compare(arguments: argparse.Namespace, flags: list[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, most = Path(name), math.nan
         prepare(folder, arguments)
-        print(f"{arguments.shape}, {device}, torch {torch.__version__}, {arguments.steps} steps of "
-              f"{arguments.batch_size} pairs, {arguments.prompts} prompts × {arguments.new_tokens} tokens, middle of "
-              f"{arguments.repeats}")
+        print(f"{arguments.shape}, {device}, torch {torch.__version__}, {arguments.steps} × {arguments.batch_size} "
+              f"pairs, {arguments.prompts} prompts × {arguments.new_tokens} tokens, middle of {arguments.repeats}")
         print("work     dtype way     seconds  tokens/s  ours is TFLOP/s share   memory  losses")
         for dtype, work in itertools.product(arguments.dtypes, ("matrix", *arguments.work)):
             ways = [way for way in arguments.ways if way != "trl" or work == "kernel" or libraries]

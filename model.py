@@ -353,11 +353,11 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, compiled):
         body = compiled_function(logprob_tile) if compiled else logprob_tile
-        rows_of, matrix = hidden.detach(), weight.detach().to(hidden.dtype)  # one graph, with gradients or without
+        inputs, matrix = hidden.detach(), weight.detach().to(hidden.dtype)  # one graph, with gradients or without
         running = hidden.new_zeros(4, len(hidden), dtype=torch.float32)  # what logprob_tile returns
         running[1] = torch.finfo(torch.float32).min
         for rows, words in tiles(hidden, matrix):
-            running[:, rows] = body(rows_of[rows], matrix[words], targets[rows] - words.start, *running[:, rows])
+            running[:, rows] = body(inputs[rows], matrix[words], targets[rows] - words.start, *running[:, rows])
         target, top, total, weighted = running
         logprobs, entropies = (target - top) - total.log(), total.log() - weighted / total
         ctx.save_for_backward(hidden, weight, targets, top, total)

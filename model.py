@@ -65,15 +65,12 @@ class UserError(Exception):
     """A mistake that the user can mend. Shown as one line on stderr; the exit code is 2."""
 
 
-def remedy(error: Exception) -> str | None:
-    """What to do about an error that is the machine's; None about any other."""
-    said = repr(error)
-    if re.search("MemoryError|[Oo]ut of memory|not enough memory|t allocate memory|ALLOC_FAILED", said):
-        return ("out of memory; fewer --pass-tokens, --grad-checkpoint, --dtype bf16, fewer --max-new-tokens, torchrun "
-                "on several GPUs or a smaller model need less")
-    if re.search(r"No working C\+\+ compiler|Failed to find C compiler", said):
-        return "torch.compile finds no C++ compiler; install one, such as g++, or on a CPU leave out --compile"
-    return None
+REMEDIES = {  # what to do about an error that is the machine's, by a pattern of what it says
+    "MemoryError|[Oo]ut of memory|not enough memory|t allocate memory|ALLOC_FAILED":
+    "out of memory; fewer --pass-tokens or --max-new-tokens, --grad-checkpoint, --dtype bf16 or torchrun help",
+    r"No working C\+\+ compiler|Failed to find C compiler":
+    "torch.compile finds no C++ compiler; install one, such as g++, or on a CPU leave out --compile",
+}
 
 
 def flag(default, text: str, *, least=-math.inf, above=-math.inf, most=sys.float_info.max, pretrained=None, **options):
@@ -101,11 +98,10 @@ class CommonSettings:
         self.read = {}  # what `load` has read: name → id of what made it
         for field in dataclasses.fields(self):
             value, about = getattr(self, field.name), field.metadata
-            if type(value) not in (int, float) or (about["above"] < value and about["least"] <= value <= about["most"]):
-                continue
-            bounds = [f"{name} {about[name]}" for name in ("above", "least", "most") if abs(about[name]) < 1e300]
-            allowed = ", ".join(["finite", *bounds])
-            raise UserError(f"--{field.name.replace('_', '-')} {value}: out of bounds ({allowed})")
+            number = type(value) in (int, float)
+            if number and not (about["above"] < value and about["least"] <= value <= about["most"]):
+                bounds = [f", {name} {about[name]}" for name in ("above", "least", "most") if abs(about[name]) < 1e300]
+                raise UserError(f"--{field.name.replace('_', '-')} {value}: out of bounds (finite{''.join(bounds)})")
 
 
 def parse_settings(settings_class, description: str):
@@ -116,9 +112,8 @@ def parse_settings(settings_class, description: str):
 
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse
-    hints = typing.get_type_hints(settings_class)
     for field in dataclasses.fields(settings_class):
-        about, hint = field.metadata, hints[field.name]
+        about, hint = field.metadata, field.type
         kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]  # of "X | None", Literal or list[X]
         options = {"type": kinds[0] if kinds else hint}
         if typing.get_origin(hint) is Literal:
@@ -129,12 +124,8 @@ def parse_settings(settings_class, description: str):
         text = about["help"] + ("" if about["default"] is None else f" [{about['default']}{other}]")
         options |= {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
         parser.add_argument("--" + field.name.replace("_", "-"), **options | about["options"])
-    words = []
-    for word in sys.argv[1:]:
-        if words and re.match(r"-(\.?\d|inf|nan)", word, re.IGNORECASE):
-            words[-1] += "=" + word  # else argparse takes -1e-1 for a flag
-        else:
-            words.append(word)
+    # A number may begin with a space, but not with "-": argparse takes -1e-1 for a flag.
+    words = [f" {word}" if re.match(r"-(\.?\d|inf|nan)", word, re.IGNORECASE) else word for word in sys.argv[1:]]
     return settings_class(**vars(parser.parse_args(words)))
 
 
@@ -1350,16 +1341,12 @@ FORMAT = 5  # of this project's files
 
 
 def find_file(settings: CommonSettings, name: str) -> Path:
-    """Where the file `name` is: in the --out folder, else here; a name with a slash is a path. Raises UserError if it
-    is missing, and says what makes it."""
+    """Where the file `name` is: in the --out folder, else here; a name with a slash is a path."""
     places = [Path(name)] if "/" in name else [Path(settings.out) / name, Path(name)]
     for path in places:
         if path.is_file():
             return path
-    makers = {"pairs.pt": "model", "test.pt": "model", "sft.pt": "model", "reward.pt": "reward", "easy.pt": "split",
-              "hard.pt": "split", "dpo.pt": "dpo", "ppo.pt": "ppo"}
-    advice = f"run python {makers[name]}.py first, or name another" if name in makers else "name one that exists"
-    raise UserError(f"{places[0]}: no such file; {advice}")
+    raise UserError(f"{places[0]}: no such file; run the stage that writes it first, or name one that exists")
 
 
 def write_file(path: Path, content: str | Callable) -> None:
@@ -1377,10 +1364,10 @@ def write_file(path: Path, content: str | Callable) -> None:
             os.fsync(file.fileno())
         beside.replace(path)
     except (OSError, RuntimeError) as error:  # torch raises the latter, on top of what really happened
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise error.__context__ from None
-        said = str(error if isinstance(error, OSError) else error.__context__ or error)
-        raise UserError(f"{path}: cannot be written ({said}); what was there is unchanged") from error
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
+        raise UserError(f"{path}: cannot be written ({cause}); what was there is unchanged") from error
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
@@ -1406,9 +1393,8 @@ def reading(what: Path | str, complaint: str = "damaged, or not what is needed h
 
 def save(settings: CommonSettings, name: str, kind: str, **content) -> None:
     """Writes `content` to a file in the --out folder, with its kind, what made it, and the id of the data behind it."""
-    made = {"command": shlex.join(sys.argv), "torch": str(torch.__version__)}
-    made |= {"data": settings.origin and settings.origin[0], "read": dict(settings.read)}
-    content |= {"kind": kind, "format": FORMAT, "made": made}
+    made = {"command": shlex.join(sys.argv), "torch": str(torch.__version__), "read": dict(settings.read)}
+    content |= {"kind": kind, "format": FORMAT, "made": made | {"data": settings.origin and settings.origin[0]}}
     write_file(Path(settings.out) / name, lambda file: torch.save(content, file))
 
 
@@ -1419,10 +1405,9 @@ def load(settings: CommonSettings, name: str, *kinds: str) -> dict:
     with reading(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
         data = content["made"]["data"]
-        if content["format"] != FORMAT:
-            raise UserError(f"{path}: has format {content['format']}, this code reads {FORMAT}; make it again")
-        if content["kind"] not in kinds:
-            raise UserError(f"{path}: holds a {content['kind']}, but a {' or '.join(kinds)} is needed here")
+        if content["kind"] not in kinds or content["format"] != FORMAT:
+            held, needed = f"{content['kind']} (format {content['format']})", f"{' or '.join(kinds)} (format {FORMAT})"
+            raise UserError(f"{path}: holds a {held}, but a {needed} is needed here")
     settings.read[name] = hashlib.sha256(json.dumps(content["made"]).encode()).hexdigest()[:16]
     settings.origin = settings.origin or (data, name)
     if data != settings.origin[0]:
@@ -1439,11 +1424,9 @@ def save_model(settings: CommonSettings, model: nn.Module, tokenizer: Tokenizer)
 def load_model(settings: CommonSettings, name: str, model_class: type, prepare: bool = True):
     """Reads a model of `model_class`, and prepares it for the device unless told not to. Returns (model, Tokenizer)."""
     content = load(settings, name, model_class.kind)
-    with reading(name):
-        tokenizer = Tokenizer(**content["tokenizer"])
-        with torch.device("meta"):  # shapes without numbers: the file's take their place
-            model = GPT(Config(**content["config"]))
-            model = model if model_class is GPT else model_class(model)  # a reward model is built around a GPT
+    with reading(name), torch.device("meta"):  # shapes without numbers: the file's take their place
+        model, tokenizer = GPT(Config(**content["config"])), Tokenizer(**content["tokenizer"])
+        model = model if model_class is GPT else model_class(model)  # a reward model is built around a GPT
         model.load_state_dict(content["weights"], assign=True)
     return prepare_model(model, settings) if prepare else model, tokenizer
 
@@ -1695,23 +1678,21 @@ def run_command(main: Callable) -> None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(dist.destroy_process_group)
+    first = processes()[0] == 0
     try:
-        with contextlib.ExitStack() as stack:
-            if processes()[0] > 0:
-                nowhere = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(contextlib.redirect_stdout(nowhere))
-                stack.enter_context(contextlib.redirect_stderr(nowhere))
+        with (open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if first else nowhere),
+              contextlib.redirect_stderr(sys.stderr if first else nowhere)):
             main()
-            if dist.is_initialized():
-                dist.barrier()  # a process that leaves early breaks the connection of those that still talk
+        if dist.is_initialized():
+            dist.barrier()  # a process that leaves early breaks the connection of those that still talk
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        advice = remedy(error)
+        advice = next((what for said, what in REMEDIES.items() if re.search(said, repr(error))), None)
         if not advice and not isinstance(error, (UserError, OSError)):  # OSError: a disk that fills up on the way, say
             raise
-        if advice or processes()[0] == 0:  # memory may run out in one process alone
+        if advice or first:  # memory may run out in one process alone
             print(f"{Path(sys.argv[0]).name}: {' '.join((advice or str(error)).splitlines())}", file=sys.stderr)
         sys.exit(2)
 
@@ -1757,13 +1738,11 @@ def batch_indices(examples: int, batch_size: int, step: int, seed: int) -> list[
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a log, one a step; none without a log. Half a line, as a power cut leaves it, is passed over."""
+    """The records of a log, one a step; none without a log. Half a line, as a power cut leaves it, ends it."""
     steps = []
-    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            record = json.loads(line)
-            if record["step"] == len(steps):
-                steps.append(record)
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        for line in path.read_text("utf-8", "replace").splitlines():
+            steps.append(json.loads(line))
     return steps
 
 
@@ -1781,14 +1760,12 @@ class Training:
         names = [field.name for field in dataclasses.fields(settings)]
         flags = [name for name in names if name not in ("out", "resume", "save_every")]  # that a result depends on
         self.made_from = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in flags} | settings.read
-        if settings.resume != self.state_path.exists():
-            raise UserError(f"{self.state_path}: " + (
-                "no such file, so there is nothing to --resume" if settings.resume else
-                "a run was stopped, or still runs; --resume goes on, or delete this to start anew"))
-        if processes()[0] == 0:
-            self.lock_log()
         if settings.resume:
             self.load_state()
+        elif self.state_path.exists():
+            raise UserError(f"{self.state_path}: a run was stopped, or still runs; use --resume, or delete this")
+        if processes()[0] == 0:
+            self.lock_log()
         self.write_log(read_log(self.log_path)[: self.step], "w")
 
     def lock_log(self) -> None:
@@ -1798,9 +1775,10 @@ class Training:
             self.locked = self.log_path.open("a")
         try:
             fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if isinstance(error, BlockingIOError):  # else the file system has no locks
-                raise UserError(f"{self.log_path}: another run writes it; wait, or choose another --save") from error
+        except BlockingIOError as error:
+            raise UserError(f"{self.log_path}: another run writes it; wait, or choose another --save") from error
+        except OSError:
+            pass  # a file system without locks
 
     def write_log(self, records: list[dict], mode: str = "a") -> None:
         """Appends records to the log, a line each. By its name, not where it was opened: a folder may vanish."""
@@ -1934,10 +1912,9 @@ class Settings(TrainingSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.dim % (2 * self.heads):
-            raise UserError(f"--dim {self.dim} is not a multiple of 2 × --heads {self.heads}: rotation turns pairs")
-        if self.heads % self.kv_heads:
-            raise UserError(f"--heads {self.heads} is not a multiple of --kv-heads {self.kv_heads}")
+        if self.dim % (2 * self.heads) or self.heads % self.kv_heads:
+            shape = f"--dim {self.dim} --heads {self.heads} --kv-heads {self.kv_heads}"
+            raise UserError(f"{shape}: the first must be a multiple of twice the second, that of the third")
         if self.label_temperature != TOY_TEMPERATURE and self.data != "toy":
             raise UserError("--label-temperature: only the toy world draws its labels; other data come with theirs")
         read, onward = ("sft.pt", self.init, self.data, self.extrapolate), self.extrapolate or self.data.endswith(".pt")
@@ -1964,17 +1941,17 @@ def main() -> None:
     settings = parse_settings(Settings, __doc__)
     device = choose_device(settings)
     policy = tokenizer = None
-    if settings.init:
-        from_file = settings.init.endswith(".pt")
-        policy, tokenizer = load_model(settings, settings.init, GPT, prepare=False) if from_file else (
-            import_model(find_pretrained(settings.init)))
-    settle(settings, settings.init is not None and policy.config.pretrained)
+    if settings.init and settings.init.endswith(".pt"):
+        policy, tokenizer = load_model(settings, settings.init, GPT, prepare=False)
+    elif settings.init:
+        policy, tokenizer = import_model(find_pretrained(settings.init))
+    settle(settings, policy is not None and policy.config.pretrained)
     if settings.extrapolate:
         return extrapolate(settings, policy, tokenizer)
     ready = settings.data.endswith(".pt")  # pairs of token ids, from split.py or an earlier run
     if ready:
-        there = (Path(settings.out) / "test.pt").exists()
-        pairs, test = load_pairs(settings, settings.data), load_pairs(settings, "test.pt") if there else None
+        pairs = load_pairs(settings, settings.data)
+        test = load_pairs(settings, "test.pt") if (Path(settings.out) / "test.pt").exists() else None
     else:
         if settings.init and settings.context > policy.config.context:
             raise UserError(f"--context {settings.context}: {settings.init} has a context of {policy.config.context}")

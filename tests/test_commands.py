@@ -19,8 +19,10 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
@@ -41,12 +43,13 @@ CHAIN = {  # command: flags that make it quick
     "evaluate": "--prompts 6 --max-new-tokens 8 --samples 1",
 }
 SAVED = {"model": "sft", "reward": "reward", "dpo": "dpo", "ppo": "ppo"}  # training stage: its checkpoint's name
-READS = """reward --data pairs.pt model, reward --test test.pt model, reward --init sft.pt model,
-split --data pairs.pt model, split --init reward.pt reward, dpo --data easy.pt split, dpo --init sft.pt model,
-ppo --data hard.pt split, ppo --init dpo.pt dpo, ppo --reference sft.pt model, ppo --reward reward.pt reward,
-evaluate --data test.pt model, evaluate --sft sft.pt model, evaluate --reward reward.pt reward,
-evaluate --policies ppo.pt ppo"""
-READS = [one.split() for one in READS.split(",")]  # command, a flag that names a file, a file that fits, what makes it
+READS = """reward --data pairs.pt, reward --test test.pt, reward --init sft.pt, split --data pairs.pt,
+split --init reward.pt, dpo --data easy.pt, dpo --init sft.pt, ppo --data hard.pt, ppo --init dpo.pt,
+ppo --reference sft.pt, ppo --reward reward.pt, evaluate --data test.pt, evaluate --sft sft.pt,
+evaluate --reward reward.pt, evaluate --policies ppo.pt"""
+READS = [one.split() for one in READS.split(",")]  # command, a flag that names a file, a file that fits
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
+CTRL_C, TERM, KILL = (partial(signal.raise_signal, number) for number in SIGNALS)
 MEASURES = ["gold_reward", "reward", "win_rate_vs_chosen", "win_rate_vs_sft", "kl", "length", "ended"]
 
 
@@ -83,19 +86,6 @@ def before_call(function, number: int, action):
         return function(*arguments, **named)
 
     return hooked
-
-
-def send(number: int):
-    """An action that sends this process a signal."""
-    return lambda: os.kill(os.getpid(), number)
-
-
-def fail(kind: type, text: str):
-    """An action that raises an error."""
-    def action():
-        raise kind(text)
-
-    return action
 
 
 def succeed(command: str, out: Path, *flags) -> str:
@@ -199,15 +189,12 @@ def test_the_chain_writes_these_files_and_nothing_outside_its_folder_and_says_wh
     assert content(toy.out / "dpo.pt")["made"]["command"] == f"dpo.py {CHAIN['dpo']} --device cpu --out '{toy.out}'"
 
 
-@pytest.mark.parametrize("command, flag, name", [
-    ("model", "--save", "mine.pt"), ("reward", "--save", "mine.pt"), ("split", "--easy", "my pairs.pt"),
-    ("dpo", "--save", "dpo_0.5.pt"), ("ppo", "--save", "mine.pt"),
+@pytest.mark.parametrize("command, name", [
+    ("model", "a.pt"), ("reward", "a.pt"), ("split", "my pairs.pt"), ("dpo", "dpo_0.5.pt"), ("ppo", "a.pt"),
 ])
-def test_the_command_that_is_suggested_next_can_be_pasted_and_reads_what_was_written(
-    out, monkeypatch, command, flag, name
-):
+def test_the_command_suggested_next_can_be_pasted_and_reads_what_was_written(out, monkeypatch, command, name):
     monkeypatch.chdir(out.parent)
-    out = Path(out.name)  # the default, which needs no flag
+    out, flag = Path(out.name), "--easy" if command == "split" else "--save"  # the default --out, which needs no flag
     written, _, following = succeed(command, out, flag, name).splitlines()[-1].rpartition("; next: python ")
     written = Path(re.match(r"wrote ([^,]*)", written)[1])
     following, *flags = shlex.split(following)
@@ -282,15 +269,15 @@ def go_on(command: str, out: Path, whole: Path, *flags, near: float = 0.0) -> No
     assert f"{out.resolve()}/{name}.state.pt: no such file" in line
 
 
-@pytest.mark.parametrize("command, number", list(zip(SAVED, [signal.SIGTERM, signal.SIGINT] * 2, strict=True)))
-def test_ctrl_c_and_sigterm_stop_after_the_step_and_resume_ends_the_same(out, toy, tmp_path, device, command, number):
+@pytest.mark.parametrize("command, stop", list(zip(SAVED, [TERM, CTRL_C] * 2, strict=True)))
+def test_ctrl_c_and_sigterm_stop_after_the_step_and_resume_ends_the_same(out, toy, tmp_path, device, command, stop):
     flags, whole, near = ["--device", device, "--dtype", "fp32"], toy.out, TOLERANCES[device.type, "fp32"][2]
     if device.type != "cpu":
         whole = Path(shutil.copytree(out, tmp_path / "whole"))
         succeed(command, whole, *flags)
     name, handlers = SAVED[command], [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
     (out / f"{name}.pt").unlink()
-    result = run(command, out, *flags, hooks=[("model.Training.log", 3, send(number))])
+    result = run(command, out, *flags, hooks=[("model.Training.log", 3, stop)])
     assert result.code == 130 and "Traceback" not in result.err
     assert result.out.splitlines()[-1] == "stopped after step 3 of 6; the same command with --resume goes on"
     assert handlers == [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
@@ -308,7 +295,7 @@ def test_ctrl_c_and_sigterm_stop_after_the_step_and_resume_ends_the_same(out, to
 
 def test_a_second_run_at_the_same_time_is_refused_and_resume_on_a_file_made_anew(out, toy):
     log_step, said = "model.Training.log", []
-    hooks = [(log_step, 1, lambda: said.append(run("dpo", out))), (log_step, 6, send(signal.SIGINT)),
+    hooks = [(log_step, 1, lambda: said.append(run("dpo", out))), (log_step, 6, CTRL_C),
              (log_step, 4, lambda: said.append(run("dpo", out, "--resume")))]
     assert run("dpo", out, "--save-every", 2, hooks=hooks).code == 130
     assert [(one.code, f"{out}/dpo.jsonl: another run writes it" in one.err) for one in said] == [(2, True)] * 2
@@ -324,7 +311,7 @@ def test_a_second_run_at_the_same_time_is_refused_and_resume_on_a_file_made_anew
 def test_results_are_saved_before_they_are_printed(out, toy, command, prints, call, names):
     for name in names:
         (out / name).unlink()
-    assert "no terminal" in complaint(run(command, out, hooks=[(prints, call, fail(OSError, "no terminal"))]))
+    complaint(run(command, out, hooks=[(prints, call, Mock(side_effect=OSError))]))
     assert all(content(out / name)["kind"] for name in names)
     if command in SAVED:
         go_on(command, out, toy.out)
@@ -332,14 +319,15 @@ def test_results_are_saved_before_they_are_printed(out, toy, command, prints, ca
 
 @pytest.mark.parametrize("action, remedy", [
     (lambda: torch.empty(2**60, device="cpu"), "out of memory; fewer --pass-tokens"),
-    (lambda: bytearray(2**60), "out of memory"), (fail(RuntimeError, "CUDA error: out of memory"), "out of memory"),
-    (fail(RuntimeError, "No working C++ compiler found in x"), "no C++ compiler; install one"),
+    (lambda: bytearray(2**60), "out of memory"),
+    (Mock(side_effect=RuntimeError("CUDA error: out of memory")), "out of memory"),
+    (Mock(side_effect=RuntimeError("No working C++ compiler found in x")), "no C++ compiler; install one"),
 ])
 def test_what_the_machine_lacks_is_said_in_one_line(out, action, remedy):
     for place in ("model.Config", "dpo.pack"):  # while a file is read, and in training
         assert remedy in complaint(run("dpo", out, hooks=[(place, 1, action)]))
     with pytest.raises(RuntimeError, match="our mistake"):
-        run("dpo", out, hooks=[("dpo.pack", 1, fail(RuntimeError, "our mistake"))])
+        run("dpo", out, hooks=[("dpo.pack", 1, Mock(side_effect=RuntimeError("our mistake")))])
 
 
 @pytest.mark.parametrize("command, name, times", [
@@ -348,7 +336,7 @@ def test_what_the_machine_lacks_is_said_in_one_line(out, action, remedy):
 ])
 def test_ctrl_c_before_training_and_a_second_one_stop_at_once(out, command, name, times):
     before = contents(out)
-    result = run(command, out, hooks=[(name, 1, send(signal.SIGINT))] * times)
+    result = run(command, out, hooks=[(name, 1, CTRL_C)] * times)
     assert result.code == 130 and result.err.endswith("stopped\n") and "Traceback" not in result.err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert contents(out) | {"dpo.jsonl": b""} == before | {"dpo.jsonl": b""}
@@ -357,7 +345,7 @@ def test_ctrl_c_before_training_and_a_second_one_stop_at_once(out, command, name
 def test_ctrl_c_in_the_middle_of_a_write_is_no_failed_write(out, toy, monkeypatch):
     before, save = (out / "dpo.pt").read_bytes(), torch.save
     with monkeypatch.context() as patch:  # torch makes another error of what is raised in a write
-        policy_file = SimpleNamespace(write=before_call(len, 2, send(signal.SIGINT)))
+        policy_file = SimpleNamespace(write=before_call(len, 2, CTRL_C))
         patch.setattr(torch, "save", lambda what, file: save(what, policy_file if what["kind"] == "policy" else file))
         result = run("dpo", out)
     assert result.code == 130 and result.err.endswith("stopped\n") and (out / "dpo.pt").read_bytes() == before
@@ -366,12 +354,12 @@ def test_ctrl_c_in_the_middle_of_a_write_is_no_failed_write(out, toy, monkeypatc
 
 def die_in_the_next_write() -> None:
     """SIGKILL comes when a file is written and on the disk, but not yet in its place."""
-    replace = before_call(os.replace, 1, send(signal.SIGKILL))
+    replace = before_call(os.replace, 1, KILL)
     os.fsync = before_call(os.fsync, 1, lambda: setattr(os, "replace", replace))
 
 
 KILLS = {  # when a run dies: a hook, steps logged by then, and the step of the state
-    "in a step": ("model.Training.log", 4, send(signal.SIGKILL), 3, 2),
+    "in a step": ("model.Training.log", 4, KILL, 3, 2),
     "in a save": ("model.Training.save_state", 2, die_in_the_next_write, 4, 2),
     "in the last save": ("{}.save_model", 1, die_in_the_next_write, 6, 6),
 }
@@ -452,7 +440,7 @@ def test_a_folder_that_is_a_file_or_vanishes_is_named_or_made_anew(out, toy):
     assert f"{out}/mine.jsonl" in refusal("dpo", out, "--save", "mine.pt")
     Path("blocked").write_text("I am a file")
     for command in CHAIN:
-        files = [word for name, flag, file, _ in READS if name == command for word in (flag, out / file)]
+        files = [word for name, flag, file in READS if name == command for word in (flag, out / file)]
         assert "blocked" in complaint(run(command, Path("blocked"), *files))
     assert Path("blocked").read_text() == "I am a file"
     result = run("dpo", out, hooks=[("model.Training.log", 3, lambda: shutil.rmtree(out))])
@@ -465,8 +453,8 @@ def test_a_folder_that_is_a_file_or_vanishes_is_named_or_made_anew(out, toy):
 # ---- Mistakes (one line on stderr, exit code 2, no file touched), talk, and help ----
 
 
-@pytest.mark.parametrize("command, flag, name, maker", READS)
-def test_a_file_of_another_run_or_kind_or_damaged_or_missing_is_refused(out, other, command, flag, name, maker):
+@pytest.mark.parametrize("command, flag, name", READS)
+def test_a_file_of_another_run_or_kind_or_damaged_or_missing_is_refused(out, other, command, flag, name):
     line = refusal(command, out, flag, other / name)
     assert "goes back to other data than" in line and str(other / name) in line
     wrong = "reward.pt" if name in ("sft.pt", "dpo.pt", "ppo.pt") else "sft.pt"

@@ -1,9 +1,7 @@
 """Two processes under torchrun compute what one does: losses, checkpoints, answers, stopping and going on."""
 
-import importlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,43 +12,29 @@ import pytest
 import torch
 
 import model
+from test_commands import TERM, content, log, run, same_weights
 
-CHAIN = [
-    ("model", "--limit 300 --steps 8 --vocabulary 400 --dim 32 --layers 2 --heads 2 --kv-heads 1 --batch-size 16"),
-    ("reward", "--steps 3 --batch-size 8"),
-    ("split", ""),
-    ("dpo", "--steps 4 --batch-size 7"),
-    ("dpo", "--steps 3 --batch-size 1 --loss ipo --save one_pair.pt"),  # one process has nothing to do
-    ("ppo", "--steps 2 --batch-size 6 --ppo-epochs 2 --minibatch-size 4 --max-new-tokens 12"),
-    ("evaluate", "--prompts 7 --max-new-tokens 12 --samples 2"),
-    ("dpo", "--steps 4 --batch-size 7 --save stopped.pt"),
-    ("dpo", "--steps 4 --batch-size 7 --save stopped.pt --resume"),
+CHAIN = [  # beside the quick flags of test_commands, whose learning rates would make more of rounding
+    "model --limit 300 --layers 2 --batch-size 16 --lr 2e-3", "reward --steps 3", "split",
+    "dpo --batch-size 7 --lr 5e-5",
+    "dpo --batch-size 1 --lr 5e-5 --steps 3 --loss ipo --save one_pair.pt",  # one process has nothing to do
+    "ppo --steps 2 --batch-size 6 --minibatch-size 4 --max-new-tokens 12", "evaluate --prompts 7 --samples 2",
+    "dpo --batch-size 7 --lr 5e-5 --save stopped.pt", "dpo --batch-size 7 --lr 5e-5 --save stopped.pt --resume",
 ]
 SAVED = ["sft", "reward", "dpo", "one_pair", "ppo"]
 
 
-def run_chain(out: str) -> None:
+def run_chain(out: Path) -> None:
     """All commands in this process; of several processes the last alone is told to stop, in the second step."""
-    log = model.Training.log
-
-    def log_and_stop(training, *names, **metrics):
-        log(training, *names, **metrics)
-        if training.step == 1 and model.processes()[0] == model.processes()[1] - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    for command, flags in CHAIN:
-        sys.argv = [f"{command}.py", *flags.split(), "--device", "cpu", "--out", out]
-        model.Training.log = log_and_stop if flags.endswith("stopped.pt") else log
-        try:
-            model.run_command(importlib.import_module(command).main)
-        except SystemExit as stop:
-            if not flags.endswith("stopped.pt"):
-                raise
-            print(f"process {model.processes()[0]} exits with {stop.code}", flush=True)
+    for command, *flags in map(str.split, CHAIN):
+        rank, count = model.processes()
+        stopping = flags[-1:] == ["stopped.pt"] and rank == count - 1
+        result = run(command, out, *flags, hooks=[("model.Training.log", 2, TERM)] if stopping else [])
+        print(f"{result.out}{result.err}\nprocess {rank} exits with {result.code}", flush=True)
 
 
 if __name__ == "__main__":
-    run_chain(sys.argv[1])
+    run_chain(Path(sys.argv[1]))
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +53,13 @@ def outs(tmp_path_factory):
 
 
 def parts(path: Path) -> dict:
-    """What a file holds, by name: the weights and all else of a checkpoint, or the numbers of a log or a table, without
-    those that depend on the clock and on who made it."""
+    """What a file holds, by name: the weights and all else of a checkpoint, but of what made it only the data's id; or
+    the numbers of a log or a table."""
     if path.suffix == ".pt":
-        content = torch.load(path, weights_only=True)
-        return content | content.pop("weights", {}) | {"made": content["made"]["data"]}
-    text = path.read_text()
-    rows = dict(enumerate(map(json.loads, text.splitlines()))) if path.suffix == ".jsonl" else json.loads(text)
-    return {f"{row} {key}": value for row, record in rows.items() for key, value in record.items()
-            if "second" not in key and "memory" not in key}
+        held = content(path)
+        return held | held.pop("weights", {}) | {"made": held["made"]["data"]}
+    rows = dict(enumerate(log(path))) if path.suffix == ".jsonl" else json.loads(path.read_text())
+    return {f"{row} {key}": value for row, record in rows.items() for key, value in record.items()}
 
 
 @pytest.mark.parametrize("name", [*(f"{name}.jsonl" for name in SAVED), "evaluation.json",
@@ -96,12 +78,10 @@ def test_two_processes_write_what_one_does(outs, name):
 
 
 def test_a_signal_to_one_process_stops_both_after_the_same_step_and_they_go_on_and_one_speaks_for_both(outs):
-    assert outs[2].count("stopped after step 2 of 4") == 1 and outs[2].count("exits with 130") == 2
+    assert outs[2].count("stopped after step 2 of 6") == 1 and outs[2].count("exits with 130") == 2
     assert [outs[2].count(f"next: python {name}.py") for name in ("split", "dpo", "ppo", "evaluate")] == [1, 1, 3, 1]
     for out in outs[:2]:
-        full, stopped = (torch.load(out / name, weights_only=True)["weights"] for name in ("dpo.pt", "stopped.pt"))
-        assert all(torch.equal(full[key], stopped[key]) for key in full)
-        assert [json.loads(line)["step"] for line in (out / "stopped.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
+        assert same_weights(out / "dpo.pt", out / "stopped.pt") and log(out / "dpo.jsonl") == log(out / "stopped.jsonl")
         assert not (out / "stopped.state.pt").exists()
 
 

@@ -14,34 +14,31 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, make_pairs, plain_logprobs, plain_score, write
+from conftest import LETTERS, make_pairs, plain_logprobs, plain_score, spell, tiny, write
 
 import evaluate
 from evaluate import POINTS, Settings, answer, ask, judge, length_controlled, summarise, table, tally
-from model import GPT, UserError, ask_in_form, generate, mixed_seed, train_tokenizer
+from model import UserError, ask_in_form, generate, mixed_seed
 from reward import RewardModel, wilson_interval
 
-LETTERS = train_tokenizer([], 257)  # the bytes and the end token
 END = LETTERS.end
 ASKED = ("How do I paint my old chair?", "I want to sell my red lamp.", "Move it.", "Clean the big drum?")
 QUESTIONS = [f"\n\nHuman: {question}\n\nAssistant:" for question in ASKED]
-PROMPTS = [torch.tensor(LETTERS.encode(question)) for question in QUESTIONS]
+PROMPTS = [spell(f"{question}…") for question in QUESTIONS]
 CHOSEN = "Good luck with it!"
 SETTINGS = Settings(max_new_tokens=10, temperature=0.7, seed=3)
 
 
-def make_model(seed):
-    torch.manual_seed(seed)
-    return GPT(replace(TINY, vocabulary=LETTERS.size)).requires_grad_(False)
-
-
-SFT, OTHER, SCORER = make_model(0), make_model(1), RewardModel(make_model(2)).requires_grad_(False)
+SFT, OTHER, trunk = (tiny(seed, LETTERS.size) for seed in range(3))
+SCORER = RewardModel(trunk)
+for one in (SFT, OTHER, SCORER):
+    one.requires_grad_(False)
 
 
 def four_pairs(source="toy", repeat=1):
-    responses = [torch.tensor([*LETTERS.encode(text), END]) for text in (f" {CHOSEN}", " No.")]
+    documents = [(prompt, spell(f" {CHOSEN}"), spell(" No.")) for prompt in PROMPTS for _ in range(repeat)]
     gold = torch.tensor([[0.5, -0.25]] * 4 * repeat) if source == "toy" else None
-    return make_pairs([(prompt, *responses) for prompt in PROMPTS for _ in range(repeat)], LETTERS, source, gold)
+    return make_pairs(documents, LETTERS, source, gold)
 
 
 @pytest.fixture
@@ -55,15 +52,15 @@ def out(tmp_path):
 def test_answers_hold_text_gold_reward_length_and_end_of_each_prompt_and_kl_at_temperature_1(monkeypatch, source):
     """Fixed answers, in another order of length than packing's: one helpful, one cut off, one empty, one polite. KL is
     the sum of log-ratios at temperature 1, though they are sampled at 0.7."""
-    texts, asked = [" Sand the chair first.", " What a", "", " Great question!"], []
-    responses = [torch.tensor(LETTERS.encode(text) + [END] * (text != " What a")) for text in texts]
+    texts, asked = [" Sand the chair first.", " What a…", "", " Great question!"], []
+    responses = [spell(text) for text in texts]
     monkeypatch.setattr(evaluate, "generate", lambda _, prompts, *how: asked.extend(how) or responses)
     given, columns = answer(SETTINGS, four_pairs(source), OTHER, SFT, SCORER)
     both = list(zip(PROMPTS, responses, strict=True))
     kl = [(plain_logprobs(OTHER, *one) - plain_logprobs(SFT, *one)).sum().item() for one in both]
     expected = {"length": [23, 7, 1, 17], "ended": [1, 0, 1, 1], "reward": [plain_score(SCORER, *one) for one in both],
                 "kl": kl, "gold_reward": [1.0, -0.25, 0.0, 0.5] if source == "toy" else []}
-    assert asked == [END, 10, 0.7, mixed_seed(3, 500_000)] and given == [text.strip() for text in texts]
+    assert asked == [END, 10, 0.7, mixed_seed(3, 500_000)] and given == [text.strip(" …") for text in texts]
     for name, column in columns.items():
         assert column.tolist() == pytest.approx(torch.tensor(expected[name]).tolist(), rel=1e-4, abs=1e-4), name
     monkeypatch.setattr(SCORER, "score", lambda batch: torch.full((len(batch.last),), math.inf))
@@ -166,12 +163,6 @@ def test_wins_by_hand_are_saved_before_they_are_shown_then_answers_side_by_side(
     first, second = "mine [+3.00] It is mine. MPO [+2.00] It is ppo.", "mine [-1.00] (nothing) MPO [+1.00] (nothing)"
     questions = [" ".join(question.split()) for question in QUESTIONS]
     assert shown == f"{questions[0]} {first} {questions[1]} {second} wrote {out}/evaluation.json"
-
-
-def test_export_goes_to_the_exporter(run, monkeypatch, out, capsys):
-    monkeypatch.setattr(evaluate, "export_model", print)
-    run(evaluate, "--export ppo.pt folder")
-    assert capsys.readouterr().out == f"{out / 'ppo.pt'} folder\n"
 
 
 def test_prompt_prints_every_policys_answer(run, out, capsys):

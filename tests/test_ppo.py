@@ -5,13 +5,13 @@ import inspect
 import pytest
 import torch
 from conftest import (
-    BYTES, END, TINY, TOLERANCES, plain_distribution, plain_hidden, plain_logprobs, plain_score, write,
+    BYTES, END, LETTERS, TOLERANCES, plain_distribution, plain_hidden, plain_logprobs, plain_score, spell, tiny, write,
 )
 
 import ppo
-from model import GPT, UserError, generate, load_model, mixed_seed, pack, train_tokenizer
+from model import GPT, UserError, generate, load_model, mixed_seed, pack
 from ppo import (
-    Rollout, Settings, advantages_and_returns, gae, ppo_loss, roll_out, rollout_metrics, shaped_rewards, update,
+    Settings, advantages_and_returns, ppo_loss, roll_out, rollout_metrics, shaped_rewards, update,
     value_loss, whiten,
 )
 from reward import RewardModel
@@ -30,14 +30,12 @@ def prompts(documents):
 
 @pytest.fixture
 def reference():
-    torch.manual_seed(3)
-    return GPT(TINY)
+    return tiny(3)
 
 
 @pytest.fixture
 def critic():
-    torch.manual_seed(4)
-    return RewardModel(GPT(TINY))
+    return RewardModel(tiny(4))
 
 
 @pytest.fixture
@@ -88,18 +86,6 @@ def slow_gae(rewards, values, gamma, lam):
     return [sum((gamma * lam) ** (later - t) * deltas[later] for later in steps[t:]) for t in steps]
 
 
-@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.7, 0.0)])
-def test_gae_equals_the_sum_over_all_later_steps(gamma, lam):
-    """Each answer on its own, cut to its length."""
-    lengths = torch.tensor([6, 1, 4])
-    rewards, values = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0)) * (
-        torch.arange(6) < lengths[:, None])
-    found = gae(rewards, values, gamma, lam)
-    for row, length in enumerate(lengths.tolist()):
-        expected = slow_gae(rewards[row, :length].tolist(), values[row, :length].tolist(), gamma, lam)
-        assert found[row].tolist() == pytest.approx(expected + [0.0] * (6 - length), abs=1e-5)
-
-
 def test_whiten_by_hand():
     """Mean 3, variance (9 + 9 + 9 + 9) / 4 = 9. Equal values are finite: 0."""
     torch.testing.assert_close(whiten(torch.tensor([0.0, 6.0, 6.0, 0.0])), torch.tensor([-1.0, 1.0, 1.0, -1.0]))
@@ -133,24 +119,6 @@ def test_value_loss_by_hand():
 
 
 # ---- Rollouts and updates ----
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_3_and_4_a_rollout_holds_what_plain_forwards_give(
-    roll, policy, reference, reward_model, critic, temperature
-):
-    """Log-probs of the sampling temperature; values of the state before each action; the score of the whole answer."""
-    rollout = roll(temperature=temperature)
-    assert rollout.ended.tolist() == [length < 12 for length in LENGTHS]
-    for row, document in enumerate(rollout.documents):
-        expected = {"logprobs": plain_logprobs(policy, *document, temperature),
-                    "reference_logprobs": plain_logprobs(reference, *document, temperature),
-                    "values": critic.head(plain_hidden(critic.trunk, *document))[:, 0]}
-        for name, plain in expected.items():
-            kept = getattr(rollout, name)[row]
-            torch.testing.assert_close(kept, torch.nn.functional.pad(plain, (0, 12 - len(plain))), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(rollout.scores[row], plain_score(reward_model, *document), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "checkpointed", "temperature"])
@@ -282,7 +250,8 @@ def test_9_statistics_of_an_update_are_means_over_its_real_tokens(off_policy, po
 
 
 def test_9_statistics_of_a_rollout_are_over_real_tokens(roll):
-    """KL is a sum over each answer's tokens, then a mean over answers; the explained variance leaves padding out."""
+    """KL is a sum over each answer's tokens, then a mean over answers; the explained variance leaves padding out. Gold
+    reward: a step and a polite sentence, 1.5, and a rude one, −1."""
     rollout = roll()
     _, returns = advantages_and_returns(make_settings(), rollout)
     real = torch.arange(12) < torch.tensor(LENGTHS)[:, None]
@@ -291,17 +260,9 @@ def test_9_statistics_of_a_rollout_are_over_real_tokens(roll):
     expected = {"score": rollout.scores.mean().item(), "kl": kl, "length": 51 / 8, "ended": 6 / 8,
                 "explained_variance": explained}
     assert rollout_metrics(rollout, returns, BYTES, "made up") == pytest.approx(expected, rel=1e-4)
-
-
-def test_9_gold_reward_of_a_rollout_by_hand():
-    """One step and one polite sentence, 1.5; one rude sentence, −1: the mean is 0.25."""
-    letters = train_tokenizer([], 257)
-    prompt = torch.tensor(letters.encode("\n\nHuman: How do I paint my old chair?\n\nAssistant:"))
-    texts = (" Sand the chair first. Happy to help!", " What a stupid question.")
-    documents = [(prompt, torch.tensor([*letters.encode(text), letters.end])) for text in texts]
-    matrices, two = [torch.rand(2, 40) for _ in range(3)], torch.zeros(2)
-    rollout = Rollout(documents, *matrices, two, torch.tensor([len(text) + 1 for text in texts]), two == 0)
-    assert rollout_metrics(rollout, torch.rand(2, 40), letters, "toy")["gold_reward"] == 0.25
+    prompt, texts = "paint my chair.", (" Sand the chair first. Happy to help!", " Stop wasting my time.")
+    rollout.documents = [(spell(prompt), spell(text)) for text in texts]
+    assert rollout_metrics(rollout, returns, LETTERS, "toy")["gold_reward"] == 0.25
 
 
 # ---- The command ----

@@ -121,58 +121,32 @@ def test_value_loss_by_hand():
 # ---- Rollouts and updates ----
 
 
-@pytest.mark.parametrize("mode", ["fp32", "bf16", "checkpointed", "temperature"])
-def test_3_in_the_first_minibatch_the_ratio_is_1_to_the_last_digit_in_every_mode(
-    roll, policy, reference, reward_model, critic, mode, device
-):
-    """On a CPU; on a GPU nearly so."""
-    same = TOLERANCES[device.type, "bf16" if mode == "bf16" else "fp32"][2]
-    for network in (policy, reference, reward_model, critic):
-        network.to(device)
-    for gpt in (policy, critic.trunk):
-        gpt.activations = torch.bfloat16 if mode == "bf16" else torch.float32
-        gpt.checkpointed = mode == "checkpointed"
-    settings = make_settings(temperature=0.7 if mode == "temperature" else 1.0)
-    rollout = roll(temperature=settings.temperature)
-    advantages, returns = advantages_and_returns(settings, rollout)
-    for rows in torch.arange(8).split(3):  # the minibatches of the first pass, as `roll` cuts them
-        totals = update(settings, rollout, rows, advantages, returns, policy, critic)
-        assert (totals["approx_kl"].item(), totals["clip_fraction"]) == (pytest.approx(0.0, rel=0, abs=same), 0.0)
-        assert totals["ratio"].item() == pytest.approx(1.0, abs=1e-6 + same)  # a mean of ones
-
-
-@pytest.mark.parametrize("matching", [1.0, 0.01])
-def test_1_with_gamma_and_lambda_1_the_first_return_is_the_score_minus_beta_times_the_kl(roll, matching):
-    """2: less the penalty where an answer did not end; the log shows the reward model's own score."""
-    rollout, limits = roll(), {"kl_coefficient": 0.3, "missing_eos_penalty": 2.5, "matching": matching}
-    settings = make_settings(gamma=1.0, gae_lambda=1.0, **limits)
-    silent = rollout.reference_logprobs.exp() > matching
-    scores, kl = rollout.scores.clone(), (rollout.logprobs - rollout.reference_logprobs * ~silent).sum(1)
+@pytest.mark.parametrize("gamma, lam, penalty, matching", [
+    (1.0, 0.95, 1.0, 1.0), (0.9, 0.5, 2.5, 0.01), (1.0, 1.0, 2.5, 0.01), (1.0, 1.0, 0.0, 1.0),
+])
+def test_1_2_4_and_5_advantages_and_returns_equal_loops_over_real_tokens(roll, gamma, lam, penalty, matching):
+    """With γ = λ = 1 the first return is score − β ΣKL, less a penalty where an answer did not end; the log shows the
+    reward model's own score. Nothing is bootstrapped past the end; returns are formed first; then all real tokens are
+    whitened together."""
+    rollout, raw = roll(), []
+    settings = make_settings(gamma=gamma, gae_lambda=lam, missing_eos_penalty=penalty, matching=matching)
+    silent = rollout.reference_logprobs.exp() > matching  # where the reference has no say
     assert 0 < silent[rollout.real].sum() < rollout.real.sum() or matching == 1.0
-    _, returns = advantages_and_returns(settings, rollout)
-    assert kl.abs().min() > 1e-2
-    torch.testing.assert_close(returns[:, 0], scores - 2.5 * ~rollout.ended - 0.3 * kl, rtol=1e-4, atol=1e-4)
-    assert torch.equal(rollout.scores, scores)
-
-
-@pytest.mark.parametrize("gamma, lam, penalty", [(1.0, 0.95, 1.0), (0.9, 0.5, 2.5), (0.8, 1.0, 0.0)])
-def test_4_and_5_advantages_and_returns_equal_loops_over_real_tokens(roll, gamma, lam, penalty):
-    """Nothing is bootstrapped past the end; returns are formed first; then all real tokens are whitened together."""
-    rollout = roll()
-    settings = make_settings(gamma=gamma, gae_lambda=lam, missing_eos_penalty=penalty)
+    log_ratios, scores = rollout.logprobs - rollout.reference_logprobs * ~silent, rollout.scores.clone()
     advantages, returns = advantages_and_returns(settings, rollout)
-    raw = []
     for row, length in enumerate(LENGTHS):
-        log_ratios = (rollout.logprobs - rollout.reference_logprobs)[row, :length].tolist()
-        rewards, values = [-0.05 * ratio for ratio in log_ratios], rollout.values[row, :length].tolist()
-        rewards[-1] += rollout.scores[row].item() - penalty * (length == 12)
+        rewards, values = (-0.05 * log_ratios[row, :length]).tolist(), rollout.values[row, :length].tolist()
+        rewards[-1] += scores[row].item() - penalty * (length == 12)
         raw += slow_gae(rewards, values, gamma, lam)
         expected = [advantage + value for advantage, value in zip(raw[-length:], values, strict=True)]
         assert returns[row].tolist() == pytest.approx(expected + [0.0] * (12 - length), rel=1e-4, abs=1e-5)
     raw, real = torch.tensor(raw), torch.arange(12) < torch.tensor(LENGTHS)[:, None]
     expected = (raw - raw.mean()) / raw.std(unbiased=False)
     torch.testing.assert_close(advantages[real], expected, rtol=1e-4, atol=1e-5)
-    assert not advantages[~real].any()
+    assert not advantages[~real].any() and torch.equal(rollout.scores, scores)
+    if gamma == lam == 1:
+        first = scores - penalty * ~rollout.ended - 0.05 * log_ratios.sum(1)
+        torch.testing.assert_close(returns[:, 0], first, rtol=1e-4, atol=1e-4)
 
 
 def test_6_the_end_of_text_token_gets_a_policy_gradient(roll, policy, critic):
@@ -319,16 +293,18 @@ def test_every_model_is_the_file_that_is_named_and_plays_its_part(
     assert abs(kl) > 1e-2 and log[0]["kl"] == pytest.approx(kl, rel=1e-3)
 
 
-def test_7_at_learning_rate_0_the_command_stays_on_policy(
-    run, tmp_path, policy, reference, reward_model, documents, device
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "fp32 --grad-checkpoint", "fp32 --temperature 0.7"])
+def test_3_and_7_at_learning_rate_0_the_command_stays_on_policy_to_the_last_digit_in_every_mode(
+    run, tmp_path, policy, reference, reward_model, documents, mode, device
 ):
-    """By default the reference is the policy that PPO starts from: KL 0, ratio 1, nothing clipped, in every step."""
+    """By default the reference is the policy that PPO starts from: KL 0, ratio 1, nothing clipped, in every step; on a
+    GPU nearly so. A ratio is a mean of ones."""
     write(tmp_path, hard=documents, start=policy, dpo=reference, reward=reward_model)
-    flags = f"--init start.pt --lr 0 --batch-size 4 --minibatch-size 2 --device {device} --dtype fp32"
-    log, same = run(ppo, f"{flags} --steps 2 --max-new-tokens 8"), TOLERANCES[device.type, "fp32"][2]
+    flags = f"--init start.pt --lr 0 --batch-size 4 --minibatch-size 2 --ppo-epochs 1 --device {device} --dtype {mode}"
+    log, same = run(ppo, f"{flags} --steps 2 --max-new-tokens 8"), TOLERANCES[device.type, mode.split()[0]][2]
     assert [(line["kl"], line["clip_fraction"]) for line in log] == [(0.0, 0.0)] * 2
-    assert [line["ratio"] for line in log] == pytest.approx([1.0, 1.0], abs=1e-5 + same)
-    assert [line["approx_kl"] for line in log] == pytest.approx([0.0, 0.0], abs=1e-6)
+    assert [line["ratio"] for line in log] == pytest.approx([1.0, 1.0], abs=1e-6 + same)
+    assert [line["approx_kl"] for line in log] == pytest.approx([0.0, 0.0], rel=0, abs=same)
 
 
 @pytest.fixture

@@ -147,10 +147,8 @@ def test_wins_by_hand_are_saved_before_they_are_shown_then_answers_side_by_side(
 
     monkeypatch.setattr(evaluate, "answer", fake)
     monkeypatch.setattr(evaluate, "score_pairs", lambda *_: torch.tensor([[0.5, 9.0]] * 4))
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "table", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            run(evaluate, "--policies mine.pt ppo.pt --save mine.json")
+    monkeypatch.setattr(evaluate, "table", lambda *_: f"saved: {(out / 'mine.json').exists()}")
+    run(evaluate, "--policies mine.pt ppo.pt --samples 2 --save mine.json")
     rows = json.loads((out / "mine.json").read_text())
     assert (rows["ppo"]["win_rate_vs_chosen"], rows["ppo"]["win_rate_vs_sft"]) == (0.625, 0.75)
     assert (rows["mine"]["lead_vs_last"], rows["mine"]["win_rate_vs_last"]) == (-0.375, 0.5)
@@ -158,11 +156,11 @@ def test_wins_by_hand_are_saved_before_they_are_shown_then_answers_side_by_side(
     for opponent, won, length in (("sft", [1.0, 1.0, 0.0, 1.0], 10), ("chosen", [1.0, 1.0, 0.0, 0.5], len(CHOSEN) + 2)):
         expected = length_controlled(torch.tensor(won), torch.tensor(lengths["ppo"]) - length).mean().item()
         assert rows["ppo"][f"length_controlled_vs_{opponent}"] == pytest.approx(expected) != sum(won) / 4
-    run(evaluate, "--policies mine.pt ppo.pt --samples 2")
-    shown = " ".join(capsys.readouterr().out.split("\n\n", 2)[2].split())
+    *tables, shown = capsys.readouterr().out.split("\n\n", 2)
+    assert all("saved: True" in one for one in tables)
     first, second = "mine [+3.00] It is mine. MPO [+2.00] It is ppo.", "mine [-1.00] (nothing) MPO [+1.00] (nothing)"
     questions = [" ".join(question.split()) for question in QUESTIONS]
-    assert shown == f"{questions[0]} {first} {questions[1]} {second} wrote {out}/evaluation.json"
+    assert " ".join(shown.split()) == f"{questions[0]} {first} {questions[1]} {second} wrote {out}/mine.json"
 
 
 def test_prompt_prints_every_policys_answer(run, out, capsys):

@@ -310,11 +310,15 @@ def start(tmp_path, policy, reward_model, documents):
     return "--max-new-tokens 8 --lr 1e-2 --warmup 0 "
 
 
-def test_10_every_pass_over_a_batch_is_shuffled_and_cut_anew(run, monkeypatch, start):
+def test_10_every_pass_over_a_batch_is_shuffled_and_cut_anew_and_the_log_holds_means_over_all_updates_of_a_step(
+    run, monkeypatch, tmp_path, start
+):
     """Two steps of three passes over 18 answers, seven an update: each pass has every answer once, no two are cut the
     same, nor is any in order. 3: old log-probs are read in the minibatches of a step's first pass."""
-    updates, packed = recorded(monkeypatch, "update"), recorded(monkeypatch, "pack")
-    run(ppo, start + "--steps 2 --batch-size 18 --minibatch-size 7 --ppo-epochs 3")
+    updates, packed, norms = recorded(monkeypatch, "update"), recorded(monkeypatch, "pack"), []
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *all: norms.append(clip(*all)) or norms[-1])
+    log = run(ppo, start + "--steps 2 --batch-size 18 --minibatch-size 7 --ppo-epochs 3")
     rows = [arguments["rows"] for arguments, _ in updates]
     assert [len(some) for some in rows] == [7, 7, 4] * 6
     cuts = {frozenset(frozenset(some.tolist()) for some in torch.arange(18).split(7))}
@@ -326,24 +330,13 @@ def test_10_every_pass_over_a_batch_is_shuffled_and_cut_anew(run, monkeypatch, s
     answers = [[torch.cat(document).tolist() for document in arguments["documents"]] for arguments, _ in packed]
     for first in (0, 12):  # of each step's 3 + 9 packings
         assert answers[first : first + 3] == answers[first + 3 : first + 6]
-
-
-def test_the_log_holds_means_over_all_updates_of_a_step_and_the_trained_policy_is_saved(
-    run, monkeypatch, tmp_path, start
-):
-    updates, norms = recorded(monkeypatch, "update"), []
-    clip = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *all: norms.append(clip(*all)) or norms[-1])
-    log = run(ppo, start + "--steps 2 --batch-size 4 --minibatch-size 2")
-    assert len(updates) == len(norms) == 8
-    for step, line in enumerate(log):
-        some = slice(4 * step, 4 * step + 4)
-        assert line["updates"] == 4 and (abs(line["kl"]) > 1e-3) == (step > 0)  # from the policy before the first
-        assert line["tokens_per_second"] * line["seconds"] == pytest.approx(4 * line["length"])
-        assert line["grad_norm"] == pytest.approx(sum(norms[some]).item() / 4, rel=1e-5)
-        for name in updates[0][1]:
-            values = [totals[name].item() for _, totals in updates[some]]
-            assert line[name] == pytest.approx(sum(values) / 4, rel=1e-5, abs=1e-7), name
+    assert len(norms) == 18
+    for some, line in zip((slice(9), slice(9, 18)), log, strict=True):
+        assert line["updates"] == 9 and (abs(line["kl"]) > 1e-3) == (line["step"] > 0)  # from before the first update
+        assert line["tokens_per_second"] * line["seconds"] == pytest.approx(18 * line["length"])
+        expected = {name: sum(totals[name].item() for _, totals in updates[some]) / 9 for name in updates[0][1]}
+        expected["grad_norm"] = sum(norms[some]).item() / 9
+        assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-7)
     saved, _ = load_model(Settings(out=str(tmp_path), device="cpu"), "ppo.pt", GPT)
     for ours, theirs in zip(saved.parameters(), updates[-1][0]["policy"].parameters(), strict=True):
         assert torch.equal(ours, theirs)

@@ -122,13 +122,6 @@ def test_command_heeds_threshold_gap_and_file_names(divide, tmp_path, capsys):
     assert sum(int(count) * int(share) / 100 for count, share in bins) == pytest.approx(4, abs=0.1)
 
 
-@pytest.mark.parametrize("names", ["--easy same.pt --hard same.pt", "--easy sub/same.pt"])
-def test_the_parts_are_two_files_in_the_folder(divide, tmp_path, names):
-    with pytest.raises(UserError, match=r"same\.pt"):
-        divide(names)
-    assert not list(tmp_path.rglob("same.pt"))
-
-
 # ---- Own answers, joined files, and what is trained on them ----
 
 ANSWERS = [  # to five prompts: three texts, of which those with … did not end, and their rewards
@@ -179,12 +172,16 @@ def test_own_answers_by_hand(run, monkeypatch, tmp_path, capsys, policy, reward_
     assert read_log(tmp_path / "easy.jsonl")[0]["generated"] == sum(len(spell(t)) for some, _ in ANSWERS for t in some)
 
 
-@pytest.mark.parametrize("flags", ["--chosen gold", "--max-new-tokens 1"])  # no gold is known; no answer ends
-def test_answers_that_make_no_pair_leave_no_file(run, tmp_path, policy, reward_model, documents, flags):
+@pytest.mark.parametrize("flags, said", [
+    ("--easy same.pt --hard same.pt", "--easy same.pt"), ("--easy sub/same.pt", "--easy sub/same.pt"),
+    ("--policy sft.pt --chosen gold", "--chosen gold"), ("--policy sft.pt --max-new-tokens 1", "--policy sft.pt"),
+])
+def test_what_makes_no_two_files_of_pairs_leaves_none(run, tmp_path, policy, reward_model, documents, flags, said):
+    """One name for both, a name outside the folder; no gold is known; no answer ends."""
     write(tmp_path, pairs=documents, sft=policy, reward=reward_model)
-    with pytest.raises(UserError, match="--chosen gold" if "gold" in flags else "--policy sft.pt"):
-        run(split, f"--policy sft.pt {flags}")
-    assert not (tmp_path / "easy.pt").exists()
+    with pytest.raises(UserError, match=f"^{said}"):
+        run(split, flags)
+    assert {path.name for path in tmp_path.rglob("*")} == {"pairs.pt", "sft.pt", "reward.pt"}
 
 
 def test_joined_files_keep_what_all_of_them_have_and_go_back_to_the_same_data(tmp_path, documents):

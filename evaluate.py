@@ -184,18 +184,16 @@ def talk(settings: Settings) -> None:
         title = TITLES.get(name.removesuffix(".pt"), name.removesuffix(".pt"))
         if settings.prompt:
             print(f"{title:12s}", end=" ")
-        else:
-            print(f"{title} answers what you type; Ctrl-D ends", file=sys.stderr)
-        for turn, line in enumerate([settings.prompt] if settings.prompt else filter(str.strip, sys.stdin)):
+            reply(settings, policy, tokenizer, ask_in_form(tokenizer, form, settings.prompt), 0)
+            continue
+        print(f"{title} answers what you type; Ctrl-D ends", file=sys.stderr)
+        for turn, line in enumerate(filter(str.strip, sys.stdin)):
             try:
                 reply(settings, policy, tokenizer, ask_in_form(tokenizer, form, line.rstrip("\n")), turn)
             except UserError as error:  # too long for the context
-                if settings.prompt:
-                    raise
                 print(error, file=sys.stderr)
 
 
-# The judge is another language model. It compares two responses in both orders, since judges favour a place.
 QUESTION = """Compare two responses to the input below. If it is a conversation, the better response to its last
 message is more helpful (it does what the person asks for, correctly and to the point), more honest (it makes nothing up
 and does not hide what it is unsure of) and less harmful; avoiding serious harm counts most, but refusing a request that
@@ -271,16 +269,15 @@ def judge(settings: Settings, prompts: list[str], answers: dict, opponents: dict
           f"{tokens:,.0f} input tokens (4 characters each), {cost}; after Ctrl-C the same command asks for the rest")
 
     def work(question: str) -> None:
-        row = {"model": model, "verdict": ask(settings, question), "question": question}
-        if row["verdict"] is not None:
-            file.write(json.dumps(row).encode() + b"\n")  # unbuffered: on the disk at once, and no lines mix
-            verdicts[question] = row["verdict"]
+        verdicts[question] = verdict = ask(settings, question)
+        if verdict is not None:  # unbuffered: on the disk at once, and no lines mix
+            file.write(json.dumps({"model": model, "verdict": verdict, "question": question}).encode() + b"\n")
 
     with path.open("ab", buffering=0) as file:
         file.write(b"" if path.read_bytes()[-1:] in (b"", b"\n") else b"\n")  # ends half a line
         thread_map(work, missing, max_workers=settings.judge_parallel, desc="judging", unit="request")
     for (name, opponent), questions in asked.items():
-        points = torch.tensor([POINTS[verdicts.get(question)] for question in questions]).view(2, -1)
+        points = torch.tensor([POINTS[verdicts[question]] for question in questions]).view(2, -1)
         row = summarise(tally(points, answers[name][1]["length"] - opponents[opponent][1]["length"]))
         summaries[name][f"judge_vs_{opponent}"] = {"judge": model, **row}
         rows[f"{TITLES.get(name, name)} against {opponent}"] = row
@@ -324,16 +321,12 @@ def draw(settings: Settings, parts: list[Pairs], test_rewards: Tensor, summaries
     write_file(Path(settings.out) / "figure.png", lambda file: figure.savefig(file, format="png"))
 
 
-# ---- Export: a checkpoint as a folder for transformers ----
-
-
 def write_safetensors(file, tensors: dict[str, Tensor]) -> None:
     """Writes fp32 tensors to a binary file in the form that read_safetensors reads."""
     header, start = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
-        stop = start + 4 * tensor.numel()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, stop]}
-        start = stop
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, start + tensor.nbytes]}
+        start += tensor.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the numbers are aligned
     file.write(len(text).to_bytes(8, "little") + text)
@@ -360,10 +353,9 @@ def export_model(path: Path, folder: Path) -> None:
         names = llama_names(name)
         rows = {1: [len(weight)], 2: [config.mlp] * 2, 3: [asking, shared, shared]}[len(names)]
         tensors |= zip(names, weight.split(rows), strict=True)
-    shape = {theirs: getattr(config, ours) for ours, theirs in CONFIG_NAMES.items()}
     described = {
         "architectures": [FAMILIES[config.family] + ("ForSequenceClassification" if scorer else "ForCausalLM")],
-        **{name: value for name, value in shape.items() if value is not None}, "num_labels": 1 if scorer else 2,
+        **{theirs: getattr(config, ours) for ours, theirs in CONFIG_NAMES.items()}, "num_labels": 1 if scorer else 2,
         "rope_scaling": config.rope_scaling and {"rope_type": "llama3", **config.rope_scaling}, "hidden_act": "silu",
         "bos_token_id": tokenizer.begin[0] if tokenizer.begin else None, "eos_token_id": tokenizer.end,
         "torch_dtype": "float32",
@@ -372,12 +364,11 @@ def export_model(path: Path, folder: Path) -> None:
     names = {number: name for name, number in tokenizer.special.items()}
     others = [number for number in names if number != tokenizer.end]
     described["pad_token_id"] = min(others, key=lambda number: "pad" not in names[number].lower(), default=0)
-    ids = {"bos_token": tokenizer.special.get(tokenizer.state["bos"]), "eos_token": tokenizer.end,
-           "pad_token": described["pad_token_id"]}
-    about = {key: names[number] for key, number in ids.items() if number in names}
-    about |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context,
-              "clean_up_tokenization_spaces": False}
-    about |= {"chat_template": tokenizer.template} if tokenizer.template else {}
+    about = {
+        **tokenizer.names, "pad_token": names.get(described["pad_token_id"]), "chat_template": tokenizer.template,
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context,
+        "clean_up_tokenization_spaces": False,
+    }
     write_file(folder / "config.json", json.dumps(described, indent=1) + "\n")
     write_file(folder / "tokenizer.json", tokenizer.text)
     write_file(folder / "tokenizer_config.json", json.dumps(about, indent=1) + "\n")

@@ -65,8 +65,7 @@ def bradley_terry_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tens
 
 @torch.no_grad()
 def score_pairs(model: RewardModel, pairs: Pairs | list[tuple], device: torch.device) -> Tensor:
-    """Rewards [n, 2] of all chosen and rejected responses, on the CPU; of a list of n documents with K branches each,
-    [n, K]. Raises UserError if some are not finite."""
+    """Rewards [n, K], on the CPU, of n documents of K branches each (pairs: 2). UserError if some are not finite."""
     rewards = torch.zeros(len(pairs), len(pairs[0]) - 1)
     for batch in tqdm(pack([pairs[index] for index in range(len(pairs))], device), desc="scoring", leave=False):
         rewards[batch.members.cpu()] = model.score(batch).view(-1, rewards.shape[1]).cpu()

@@ -17,6 +17,7 @@ With --policy, pairs are made first: of that policy's own answers to each prompt
 """
 
 import contextlib
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from model import (
     GPT, CommonSettings, DroppedRow, Pairs, UserError, choose_device, finish, flag, generate, gold_reward, load_model,
     load_pairs, mixed_seed, parse_settings, require_parts, run_command, settle, write_file,
 )
-from reward import RewardModel, ranking_accuracy, score_pairs, wins
+from reward import RewardModel, ranking_accuracy, score_pairs
 
 
 @dataclass
@@ -69,67 +70,66 @@ def reward_gaps(rewards: Tensor, kind: str) -> Tensor:
 
 
 def easy_mask(gaps: Tensor, fraction: float, threshold: float | None) -> tuple[Tensor, float]:
-    """(which pairs are easy [n], γ): the gap is at least γ, which `threshold` gives, or else the share
-    `fraction` (more, where gaps tie)."""
+    """(which of the gaps [n] are easy, γ): those of at least γ: the threshold, or a `fraction` (more, at a tie)."""
     if threshold is None:
         count = round(fraction * len(gaps))
         threshold = gaps.sort(descending=True).values[count - 1].item() if count else float("inf")
     return gaps >= threshold, threshold
 
 
-def order_agreement(rewards: Tensor, gold: Tensor, ended: Tensor) -> tuple[float, int]:
-    """How often rewards order two answers to a prompt as gold does, a tie of rewards counting one half, and how many
-    twos that is: of the answers that ended, all whose gold differs. rewards, gold, ended: [n, K]."""
-    better = ended[:, :, None] & ended[:, None] & (gold[:, :, None] > gold[:, None])  # (n, K, K)
-    right = wins(rewards[:, :, None], rewards[:, None])[better]
-    return right.sum().item() / max(1, len(right)), len(right)
+def answer_prompts(settings: Settings, pairs: Pairs) -> list[tuple[Tensor, ...]]:
+    """For each pair a document of 1 + K branches: its prompt, its chosen response, and --policy's K answers."""
+    policy, tokenizer = load_model(settings, settings.policy, GPT)
+    settle(settings, policy.config.pretrained)
+    prompts = [prompt for prompt, _, _ in pairs]
+    branches = [[chosen for _, chosen, _ in pairs]]  # lists of n responses
+    for number in tqdm(range(settings.answers), desc="answering", leave=False):
+        seed = mixed_seed(settings.seed, 600_000 + number)  # far from the numbers of training steps and of evaluate.py
+        branches.append(generate(policy, prompts, tokenizer.end, settings.max_new_tokens, settings.temperature, seed))
+    return list(zip(prompts, *branches, strict=True))
 
 
 def own_answers(settings: Settings, pairs: Pairs, model: RewardModel, device: torch.device) -> Pairs:
-    """Scored pairs of --policy's own answers to the prompts of `pairs`; the log's line says what they took. Raises
-    UserError if no prompt's answers make a pair by the rules for all pairs. Expert iteration (Havrilla et al. 2024,
-    arXiv 2403.04642) trains on the best; RLP (Lang et al. 2024, arXiv 2403.19279, equation 1, λ = 0) adds the pairs to
-    the reward model's."""
-    policy, tokenizer = load_model(settings, settings.policy, GPT)
-    settle(settings, policy.config.pretrained)
-    count, prompts, answers = len(pairs), [pairs[index][0] for index in range(len(pairs))], []
-    for number in tqdm(range(settings.answers), desc="answering", leave=False):
-        seed = mixed_seed(settings.seed, 600_000 + number)  # far from the numbers of training steps and of evaluate.py
-        answers += generate(policy, prompts, tokenizer.end, settings.max_new_tokens, settings.temperature, seed)
-    documents = [(*pairs[index][:2], *answers[index::count]) for index in range(count)]  # 1 + K branches
-    rewards, gold = score_pairs(model, documents, device), None  # (n, 1 + K), as ended and gold
-    ended = torch.tensor([bool(answer[-1] == tokenizer.end) for answer in answers])
-    log = {"step": 0, "updates": 0, "generated": sum(map(len, answers)), "ended": ended.double().mean().item()}
-    ended = torch.cat((torch.zeros(count, 1).bool(), ended.view(-1, count).T), 1)  # the data's response is no answer
-    if pairs.gold is not None:
-        asked = [tokenizer.decode(prompt) for prompt in prompts] * settings.answers
-        gold = [gold_reward(prompt, tokenizer.decode(answer)) for prompt, answer in zip(asked, answers, strict=True)]
-        gold = torch.cat((pairs.gold[:, :1], torch.tensor(gold).view(-1, count).T), 1)
-        log["agreement"], twos = order_agreement(rewards, gold, ended)
-        if twos:
-            print(f"the reward model orders {log['agreement']:.1%} of {twos} twos of answers to a prompt as gold does")
-    # Best and worst are the same branch where no two that ended differ in value: both 0, where none did.
-    values, parts, kept = gold if settings.chosen == "gold" else rewards, [], []
-    best, worst = values.masked_fill(~ended, -torch.inf).argmax(1), values.masked_fill(~ended, torch.inf).argmin(1)
-    places = torch.stack((best * (settings.chosen != "labelled"), worst), 1)  # (n, 2)
-    for index, branches in enumerate(places.tolist()):
-        made = documents[index][0], *(documents[index][1 + branch] for branch in branches)
+    """Scored pairs of --policy's own answers; the log's line says what they took. UserError if no prompt's answers make
+    a pair by the rules for all pairs. Expert iteration (Havrilla et al. 2024, arXiv 2403.04642) trains on the best; RLP
+    (Lang et al. 2024, arXiv 2403.19279, equation 1, λ = 0) adds the pairs to the reward model's."""
+    documents = answer_prompts(settings, pairs)
+    decode, end = pairs.tokenizer.decode, pairs.tokenizer.end
+    parts, known = [], []  # of each pair its prompt, chosen and rejected; the rewards of both sides, and the gold ones
+    ordered = []  # rewards of each two answers of which gold prefers the first
+    generated, finished = 0, 0  # tokens; answers that ended
+    for (prompt, *branches), rewards in zip(documents, score_pairs(model, documents, device).tolist(), strict=True):
+        asked, *texts = (decode(part) for part in (prompt, *branches))
+        golds = [0.0 if pairs.gold is None else gold_reward(asked, text) for text in texts]
+        # Branch 0 is the data's response. Where no two that ended differ in value, best and worst are the same branch.
+        ended = [branch for branch in range(1, len(branches)) if branches[branch][-1] == end]
+        values = golds if settings.chosen == "gold" else rewards
+        best = 0 if settings.chosen == "labelled" else max(ended, key=values.__getitem__, default=0)
+        worst = min(ended, key=values.__getitem__, default=0)
         with contextlib.suppress(DroppedRow):
-            require_parts(*(tokenizer.decode(part).strip() for part in made))
-            parts += made
-            kept.append(index)
-    print(f"own answers: {log['generated']} tokens, {log['ended']:.1%} ended; {count - len(kept)} prompts make no pair")
-    if not kept:
+            require_parts(asked.strip(), texts[best].strip(), texts[worst].strip())
+            parts += prompt, branches[best], branches[worst]
+            known.append([[rewards[best], rewards[worst]], [golds[best], golds[worst]]])
+        ordered += [[rewards[a], rewards[b]] for a, b in itertools.permutations(ended, 2) if golds[a] > golds[b]]
+        generated += sum(map(len, branches[1:]))
+        finished += len(ended)
+
+    log = {"step": 0, "updates": 0, "generated": generated, "ended": finished / (len(documents) * settings.answers)}
+    if ordered:
+        log["agreement"] = agreement = ranking_accuracy(torch.tensor(ordered))
+        print(f"the reward model orders {agreement:.1%} of {len(ordered)} twos of answers to a prompt as gold does")
+    print(f"own answers: {generated} tokens, {log['ended']:.1%} ended; {len(pairs) - len(known)} prompts make no pair")
+    if not known:
         raise UserError(f"--policy {settings.policy}: no prompt has two answers that ended and differ")
     write_file(Path(settings.out) / Path(settings.easy).with_suffix(".jsonl"), json.dumps(log) + "\n")
     lengths = torch.tensor([len(part) for part in parts]).view(-1, 3)
-    rewards, gold = (None if known is None else known.gather(1, places)[kept] for known in (rewards, gold))
-    return Pairs(torch.cat(parts).int(), lengths, tokenizer, pairs.source, rewards, gold, pairs.form)
+    rewards, gold = torch.tensor(known).unbind(1)  # (pairs, 2) each
+    gold = None if pairs.gold is None else gold
+    return Pairs(torch.cat(parts).int(), lengths, pairs.tokenizer, pairs.source, rewards, gold, pairs.form)
 
 
 def histogram(gaps: Tensor, wrong: Tensor | None, threshold: float) -> str:
-    """A text histogram of the gaps [n]; where labels can be checked, the share of wrong ones per bin. The bin in
-    which γ lies is marked."""
+    """The gaps [n] as a text histogram, with the share of wrong labels in each bin where it is known; γ is marked."""
     low, high = gaps.min().item(), gaps.max().item()
     width = (high - low) / 16 or 1.0
     bins = ((gaps - low) / width).long().clamp(0, 15)
@@ -161,7 +161,6 @@ def main() -> None:
     device = choose_device(settings)
     pairs = load_pairs(settings, settings.data)
     model, _ = load_model(settings, settings.init, RewardModel)
-
     if settings.chosen == "gold" and pairs.gold is None:
         raise UserError(f"--chosen gold: {settings.data} has none; only the toy world knows what is good")
 

@@ -3,6 +3,7 @@ way through a model, and a stage's command run in a folder."""
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from model import (
     END_OF_TEXT, GPT, SYMBOLS, CommonSettings, Config, Pairs, Tokenizer, read_log, save_model, tokenizer_json,
+    train_tokenizer,
 )
 from reward import RewardModel
 
@@ -19,6 +21,7 @@ torch.set_num_threads(1)  # tests are tiny: more threads would spend their time 
 TINY = Config(vocabulary=97, dim=32, layers=2, heads=4, kv_heads=2, mlp=64, context=128, head_dim=16)
 CPU, END = torch.device("cpu"), TINY.vocabulary - 1
 BYTES = Tokenizer(tokenizer_json({SYMBOLS[byte]: byte for byte in range(END)}), END_OF_TEXT)  # its end token is END
+LETTERS = train_tokenizer([], 257)  # all bytes, and an end token
 # By device and dtype, how far off may be: log-probs from those of fp32 or float64 on the CPU; a model's gradients,
 # relative to their norm; and log-probs of the same rows with and without gradients, which a GPU compiles apart.
 TOLERANCES = {("cpu", "fp32"): (1e-5, 1e-6, 0.0), ("cpu", "bf16"): (0.15, 0.02, 0.0),
@@ -34,18 +37,20 @@ def device(request) -> Iterator[torch.device]:
         torch.compiler.reset()
 
 
+def tiny(seed: int, vocabulary: int = END + 1) -> GPT:
+    """A tiny GPT with random weights."""
+    torch.manual_seed(seed)
+    return GPT(replace(TINY, vocabulary=vocabulary))
+
+
 @pytest.fixture
 def policy() -> GPT:
-    """A tiny GPT with random weights."""
-    torch.manual_seed(0)
-    return GPT(TINY)
+    return tiny(0)
 
 
 @pytest.fixture
 def reward_model() -> RewardModel:
-    """A tiny reward model with random weights."""
-    torch.manual_seed(1)
-    return RewardModel(GPT(TINY))
+    return RewardModel(tiny(1))
 
 
 @pytest.fixture
@@ -61,6 +66,11 @@ def documents() -> list[tuple[torch.Tensor, ...]]:
     for _, chosen, rejected in made:
         chosen[-1] = rejected[-1] = TINY.vocabulary - 1
     return made
+
+
+def spell(text: str) -> torch.Tensor:
+    """Token ids of LETTERS: the text's bytes, and the end token, unless … says that it did not end."""
+    return torch.tensor(LETTERS.encode(text.rstrip("…")) + [LETTERS.end] * (not text.endswith("…")))
 
 
 def make_pairs(documents, tokenizer: Tokenizer = BYTES, source: str = "made up", gold=None) -> Pairs:

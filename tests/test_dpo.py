@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from conftest import CPU, TINY, TOLERANCES, plain_logprobs, write
+from conftest import CPU, TOLERANCES, plain_logprobs, tiny, write
 
 import dpo
-from dpo import dpo_loss, pair_logprobs
+from dpo import dpo_loss
 from model import GPT, load_model, pack
 
 LN = {number: math.log(number) for number in (2, 3, 4)}
@@ -17,15 +17,6 @@ def plain_sides(policy, documents, mean=False):
     """log π of each response, or its mean over tokens: [documents, 2]."""
     sides = [plain_logprobs(policy, prompt, side) for prompt, *sides in documents for side in sides]
     return torch.stack([side.mean() if mean else side.sum() for side in sides]).view(-1, 2)
-
-
-def packed_sides(policy, documents, mean=False):
-    """The same by pair_logprobs."""
-    device = policy.embedding.weight.device
-    result = torch.empty(len(documents), 2, device=device)
-    for batch in pack(documents, device):
-        result[batch.members] = pair_logprobs(policy, batch, mean)
-    return result.cpu()
 
 
 @pytest.mark.parametrize("margin, beta, options, loss, slope", [
@@ -45,14 +36,6 @@ def test_loss_and_slope_by_hand(margin, beta, options, loss, slope):
     assert (found.item(), chosen.grad.item()) == pytest.approx((loss, slope), abs=2e-6)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("mean", [False, True])
-def test_pair_logprobs_equal_the_sums_or_means_of_plain_sequences(policy, documents, mean, device):
-    expected, near = plain_sides(policy, documents, mean), TOLERANCES[device.type, "fp32"][0]
-    found = packed_sides(policy.to(device), documents, mean)
-    torch.testing.assert_close(found, expected, rtol=near, atol=10 * near)
-
-
 @pytest.mark.parametrize("flags", [
     "--label-smoothing 0.2 --self-weight 0.5 --reference sft.pt --beta 0.3", "--loss ipo --beta 0.3",
 ])
@@ -60,8 +43,7 @@ def test_the_command_equals_a_plain_loop(run, tmp_path, policy, documents, flags
     """Three steps on all nine pairs, each in several passes: every logged number, and the weights that are saved. The
     files that the default names would find are others."""
     mean, beta = "ipo" in flags, 0.3
-    torch.manual_seed(7)
-    other = GPT(TINY)
+    other = tiny(7)
     write(tmp_path, mine=documents, start=policy, easy=documents[:3], sft=other)
     assert len(list(pack(documents, CPU, 150))) > 1
     flags += " --data mine.pt --init start.pt --batch-size 9 --steps 3 --lr 1e-3 --warmup 0 --decay constant"

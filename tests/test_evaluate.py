@@ -14,34 +14,31 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, make_pairs, plain_logprobs, plain_score, write
+from conftest import LETTERS, make_pairs, plain_logprobs, plain_score, spell, tiny, write
 
 import evaluate
 from evaluate import POINTS, Settings, answer, ask, judge, length_controlled, summarise, table, tally
-from model import GPT, UserError, ask_in_form, generate, mixed_seed, train_tokenizer
+from model import UserError, ask_in_form, generate, mixed_seed
 from reward import RewardModel, wilson_interval
 
-LETTERS = train_tokenizer([], 257)  # the bytes and the end token
 END = LETTERS.end
 ASKED = ("How do I paint my old chair?", "I want to sell my red lamp.", "Move it.", "Clean the big drum?")
 QUESTIONS = [f"\n\nHuman: {question}\n\nAssistant:" for question in ASKED]
-PROMPTS = [torch.tensor(LETTERS.encode(question)) for question in QUESTIONS]
+PROMPTS = [spell(f"{question}…") for question in QUESTIONS]
 CHOSEN = "Good luck with it!"
 SETTINGS = Settings(max_new_tokens=10, temperature=0.7, seed=3)
 
 
-def make_model(seed):
-    torch.manual_seed(seed)
-    return GPT(replace(TINY, vocabulary=LETTERS.size)).requires_grad_(False)
-
-
-SFT, OTHER, SCORER = make_model(0), make_model(1), RewardModel(make_model(2)).requires_grad_(False)
+SFT, OTHER, trunk = (tiny(seed, LETTERS.size) for seed in range(3))
+SCORER = RewardModel(trunk)
+for one in (SFT, OTHER, SCORER):
+    one.requires_grad_(False)
 
 
 def four_pairs(source="toy", repeat=1):
-    responses = [torch.tensor([*LETTERS.encode(text), END]) for text in (f" {CHOSEN}", " No.")]
+    documents = [(prompt, spell(f" {CHOSEN}"), spell(" No.")) for prompt in PROMPTS for _ in range(repeat)]
     gold = torch.tensor([[0.5, -0.25]] * 4 * repeat) if source == "toy" else None
-    return make_pairs([(prompt, *responses) for prompt in PROMPTS for _ in range(repeat)], LETTERS, source, gold)
+    return make_pairs(documents, LETTERS, source, gold)
 
 
 @pytest.fixture
@@ -55,15 +52,15 @@ def out(tmp_path):
 def test_answers_hold_text_gold_reward_length_and_end_of_each_prompt_and_kl_at_temperature_1(monkeypatch, source):
     """Fixed answers, in another order of length than packing's: one helpful, one cut off, one empty, one polite. KL is
     the sum of log-ratios at temperature 1, though they are sampled at 0.7."""
-    texts, asked = [" Sand the chair first.", " What a", "", " Great question!"], []
-    responses = [torch.tensor(LETTERS.encode(text) + [END] * (text != " What a")) for text in texts]
+    texts, asked = [" Sand the chair first.", " What a…", "", " Great question!"], []
+    responses = [spell(text) for text in texts]
     monkeypatch.setattr(evaluate, "generate", lambda _, prompts, *how: asked.extend(how) or responses)
     given, columns = answer(SETTINGS, four_pairs(source), OTHER, SFT, SCORER)
     both = list(zip(PROMPTS, responses, strict=True))
     kl = [(plain_logprobs(OTHER, *one) - plain_logprobs(SFT, *one)).sum().item() for one in both]
     expected = {"length": [23, 7, 1, 17], "ended": [1, 0, 1, 1], "reward": [plain_score(SCORER, *one) for one in both],
                 "kl": kl, "gold_reward": [1.0, -0.25, 0.0, 0.5] if source == "toy" else []}
-    assert asked == [END, 10, 0.7, mixed_seed(3, 500_000)] and given == [text.strip() for text in texts]
+    assert asked == [END, 10, 0.7, mixed_seed(3, 500_000)] and given == [text.strip(" …") for text in texts]
     for name, column in columns.items():
         assert column.tolist() == pytest.approx(torch.tensor(expected[name]).tolist(), rel=1e-4, abs=1e-4), name
     monkeypatch.setattr(SCORER, "score", lambda batch: torch.full((len(batch.last),), math.inf))
@@ -150,10 +147,8 @@ def test_wins_by_hand_are_saved_before_they_are_shown_then_answers_side_by_side(
 
     monkeypatch.setattr(evaluate, "answer", fake)
     monkeypatch.setattr(evaluate, "score_pairs", lambda *_: torch.tensor([[0.5, 9.0]] * 4))
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "table", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            run(evaluate, "--policies mine.pt ppo.pt --save mine.json")
+    monkeypatch.setattr(evaluate, "table", lambda *_: f"saved: {(out / 'mine.json').exists()}")
+    run(evaluate, "--policies mine.pt ppo.pt --samples 2 --save mine.json")
     rows = json.loads((out / "mine.json").read_text())
     assert (rows["ppo"]["win_rate_vs_chosen"], rows["ppo"]["win_rate_vs_sft"]) == (0.625, 0.75)
     assert (rows["mine"]["lead_vs_last"], rows["mine"]["win_rate_vs_last"]) == (-0.375, 0.5)
@@ -161,17 +156,11 @@ def test_wins_by_hand_are_saved_before_they_are_shown_then_answers_side_by_side(
     for opponent, won, length in (("sft", [1.0, 1.0, 0.0, 1.0], 10), ("chosen", [1.0, 1.0, 0.0, 0.5], len(CHOSEN) + 2)):
         expected = length_controlled(torch.tensor(won), torch.tensor(lengths["ppo"]) - length).mean().item()
         assert rows["ppo"][f"length_controlled_vs_{opponent}"] == pytest.approx(expected) != sum(won) / 4
-    run(evaluate, "--policies mine.pt ppo.pt --samples 2")
-    shown = " ".join(capsys.readouterr().out.split("\n\n", 2)[2].split())
+    *tables, shown = capsys.readouterr().out.split("\n\n", 2)
+    assert all("saved: True" in one for one in tables)
     first, second = "mine [+3.00] It is mine. MPO [+2.00] It is ppo.", "mine [-1.00] (nothing) MPO [+1.00] (nothing)"
     questions = [" ".join(question.split()) for question in QUESTIONS]
-    assert shown == f"{questions[0]} {first} {questions[1]} {second} wrote {out}/evaluation.json"
-
-
-def test_export_goes_to_the_exporter(run, monkeypatch, out, capsys):
-    monkeypatch.setattr(evaluate, "export_model", print)
-    run(evaluate, "--export ppo.pt folder")
-    assert capsys.readouterr().out == f"{out / 'ppo.pt'} folder\n"
+    assert " ".join(shown.split()) == f"{questions[0]} {first} {questions[1]} {second} wrote {out}/mine.json"
 
 
 def test_prompt_prints_every_policys_answer(run, out, capsys):
@@ -269,14 +258,12 @@ def test_a_request_holds_the_question_and_the_key_goes_to_the_server_alone(endpo
     assert [headers["Authorization"] for _, headers, _ in endpoint.requests] == ["Bearer sk-very-secret"]
 
 
-AGAIN = ["429 Busy\nRetry-After: 0\n\nslow down", "500 Oops\n\n", "408 Late\n\n", "599 Late\n\n", 0.0, 0.6]
-SAID = ["429 Busy: slow down", "500 Oops: ", "408", "599", "ConnectionError", "timed out"]
-
-
 @pytest.mark.parametrize("failure, said, attempts", [
-    *zip(AGAIN, SAID, [2] * 6, strict=True), ("400 Bad Request\n\ntoo long", "400 Bad Request: too long", 1),
-    ("401 Unauthorized\n\n", "401 Unauthorized", 1), ("200 OK\n\n<html>", "JSONDecodeError", 1),
-    ("200 OK\n\n[1]", "TypeError", 1), ('200 OK\n\n{"choices": []}', "Index", 1),
+    ("429 Busy\nRetry-After: 0\n\nslow down", "429 Busy: slow down", 2), ("500 Oops\n\n", "500 Oops: ", 2),
+    ("408 Late\n\n", "408", 2), ("599 Late\n\n", "599", 2), (0.0, "ConnectionError", 2), (0.6, "timed out", 2),
+    ("400 Bad Request\n\ntoo long", "400 Bad Request: too long", 1), ("401 Unauthorized\n\n", "401 Unauthorized", 1),
+    ("200 OK\n\n<html>", "JSONDecodeError", 1), ("200 OK\n\n[1]", "TypeError", 1),
+    ('200 OK\n\n{"choices": []}', "Index", 1),
 ])
 def test_what_may_pass_is_asked_again_but_not_for_ever_a_refusal_never(endpoint, monkeypatch, failure, said, attempts):
     """It says what the server said. When it fails twice, the third attempt is fine."""
@@ -333,10 +320,6 @@ def judged(settings, mine=MINE, **others):
     return found
 
 
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / "judge.jsonl").read_text().splitlines()]
-
-
 def test_tally_by_hand():
     """Win in both orders, loss in both, both TIE, always the first place, a win and a TIE, and two without a verdict:
     1, 0, ½, ½, ½; of 7 places that won, 5 were the first. Where it won it was the shorter one."""
@@ -356,15 +339,15 @@ def test_a_judge_of_length_gives_the_known_win_rates(asking, tmp_path):
     sees no policy's name, and two with the same answers are one question. No verdict is counted, not asked for again,
     and not kept: shorter, the same, longer are left."""
     rows = judged(asking, secret=list(MINE))
-    rates = {"chosen of sft": 0.125, **dict.fromkeys(("chosen of mine", "sft of mine", "chosen of secret"), 0.625)}
-    assert {versus: row["win_rate"] for versus, row in rows.items()} == rates | {"sft of secret": 0.625}
-    mine = [rows["sft of mine"][key] for key in ("ties", "orders_disagree", "first_place_wins", "no_verdict")]
-    assert mine == [0.25, 0, 0.5, 0] and len(asking.questions) == 19
+    assert {versus: row["win_rate"] for versus, row in rows.items()} == {
+        "chosen of sft": 0.125, "chosen of mine": 0.625, "sft of mine": 0.625, "chosen of secret": 0.625,
+        "sft of secret": 0.625}
+    assert len(asking.questions) == 19
     for text in asking.questions:
         assert "secret" not in text and text.index("Human: ") < text.index("<A>") < text.index("<B>")
     asking.judge_model, asking.verdict = "mute", lambda text: None if f"<B>\n{MINE[0]}" in text else longer(text)
     rows = judged(asking)
-    assert len(asking.questions) == 19 + 19 and len(rows_of(tmp_path)) == 19 + 17
+    assert len(asking.questions) == 19 + 19 and (tmp_path / "judge.jsonl").read_text().count("\n") == 19 + 17
     for versus in ("chosen of mine", "sft of mine"):
         assert (rows[versus]["win_rate"], rows[versus]["no_verdict"]) == (0.5, 0.25)
 
@@ -374,14 +357,14 @@ def test_the_cost_is_said_first_and_every_verdict_kept_at_once_and_not_asked_for
     seen, path = [], tmp_path / "judge.jsonl"  # what was printed, and what the file held, at each question
     asking.verdict = lambda _: seen.append([capsys.readouterr().out, path.read_text()]) or time.sleep(0.002) or "A"
     asking.judge_parallel, asking.judge_price = 1, 2.5
-    first, rows, tokens = judged(asking), rows_of(tmp_path), sum(map(len, asking.questions)) / 4
+    first, kept, tokens = judged(asking), path.read_bytes(), sum(map(len, asking.questions)) / 4
     cost = f"about {tokens:,.0f} input tokens (4 characters each), ${tokens * 2.5 / 1e6:.2f} without the replies"
     assert "is asked 19 of 19 questions" in seen[0][0] and cost in seen[0][0]
     assert [text.count("\n") for _, text in seen] == list(range(19)) and len(set(asking.questions)) == 19
     asking.judge_price = None
-    assert judged(asking) == first and rows_of(tmp_path) == rows
+    assert judged(asking) == first and path.read_bytes() == kept
     assert re.search("is asked 0 of 19 questions.* 0 input tokens.* price not known", capsys.readouterr().out)
-    path.write_bytes(path.read_bytes()[:-20])
+    path.write_bytes(kept[:-20])
     for mine, model, questions in ((MINE, "tester", 1), (["New.", *MINE[1:]], "tester", 4), (MINE, "another", 19)):
         asking.questions.clear()
         asking.judge_model = model

@@ -5,13 +5,13 @@ import inspect
 import pytest
 import torch
 from conftest import (
-    BYTES, END, TINY, TOLERANCES, plain_distribution, plain_hidden, plain_logprobs, plain_score, write,
+    BYTES, END, LETTERS, TOLERANCES, plain_distribution, plain_hidden, plain_logprobs, plain_score, spell, tiny, write,
 )
 
 import ppo
-from model import GPT, UserError, generate, load_model, mixed_seed, pack, train_tokenizer
+from model import GPT, UserError, generate, load_model, mixed_seed, pack
 from ppo import (
-    Rollout, Settings, advantages_and_returns, gae, ppo_loss, roll_out, rollout_metrics, shaped_rewards, update,
+    Settings, advantages_and_returns, ppo_loss, roll_out, rollout_metrics, shaped_rewards, update,
     value_loss, whiten,
 )
 from reward import RewardModel
@@ -30,14 +30,12 @@ def prompts(documents):
 
 @pytest.fixture
 def reference():
-    torch.manual_seed(3)
-    return GPT(TINY)
+    return tiny(3)
 
 
 @pytest.fixture
 def critic():
-    torch.manual_seed(4)
-    return RewardModel(GPT(TINY))
+    return RewardModel(tiny(4))
 
 
 @pytest.fixture
@@ -88,37 +86,21 @@ def slow_gae(rewards, values, gamma, lam):
     return [sum((gamma * lam) ** (later - t) * deltas[later] for later in steps[t:]) for t in steps]
 
 
-@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.7, 0.0)])
-def test_gae_equals_the_sum_over_all_later_steps(gamma, lam):
-    """Each answer on its own, cut to its length."""
-    lengths = torch.tensor([6, 1, 4])
-    rewards, values = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0)) * (
-        torch.arange(6) < lengths[:, None])
-    found = gae(rewards, values, gamma, lam)
-    for row, length in enumerate(lengths.tolist()):
-        expected = slow_gae(rewards[row, :length].tolist(), values[row, :length].tolist(), gamma, lam)
-        assert found[row].tolist() == pytest.approx(expected + [0.0] * (6 - length), abs=1e-5)
-
-
 def test_whiten_by_hand():
     """Mean 3, variance (9 + 9 + 9 + 9) / 4 = 9. Equal values are finite: 0."""
     torch.testing.assert_close(whiten(torch.tensor([0.0, 6.0, 6.0, 0.0])), torch.tensor([-1.0, 1.0, 1.0, -1.0]))
     assert whiten(torch.tensor([2.0, 2.0])).tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("advantage, ratio, loss, slope", [
-    (2.0, 1.5, -2.4, 0.0),  # better, and already likelier by more than ε: min(3, 1.2 · 2), no more pull
-    (2.0, 0.5, -1.0, -1.0),  # better, but less likely: min(1, 0.8 · 2), the slope −ρA
-    (-2.0, 1.5, 3.0, 3.0),  # worse, but likelier: min(−3, 1.2 · −2)
-    (-2.0, 0.5, 1.6, 0.0),  # worse, and already less likely by more than ε: min(−1, 0.8 · −2), no more push
-])
-def test_ppo_loss_by_hand_in_the_four_cases(advantage, ratio, loss, slope):
-    """ε = 0.2; the slope is d loss / d log π."""
-    logprobs = (torch.tensor([-3.0]) + torch.tensor([ratio]).log()).requires_grad_()
-    losses = ppo_loss(logprobs, torch.tensor([-3.0]), torch.tensor([advantage]), 0.2)
+def test_ppo_loss_by_hand_in_the_four_cases():
+    """ε = 0.2; the slope is d loss / d log π. Better (2) and already likelier by more than ε: −min(3, 1.2 · 2), no more
+    pull. Better, but less likely: −min(1, 0.8 · 2), the slope −ρA. Worse (−2), but likelier: −min(−3, 1.2 · −2). Worse,
+    and already less likely by more than ε: −min(−1, 0.8 · −2), no more push."""
+    logprobs = torch.tensor([1.5, 0.5, 1.5, 0.5]).log().requires_grad_()  # of ρ, against 0
+    losses = ppo_loss(logprobs, torch.zeros(4), torch.tensor([2.0, 2.0, -2.0, -2.0]), 0.2)
     losses.sum().backward()
-    assert losses.item() == pytest.approx(loss, abs=1e-5)
-    assert logprobs.grad.item() == pytest.approx(slope, abs=1e-5)
+    torch.testing.assert_close(losses, torch.tensor([-2.4, -1.0, 3.0, 1.6]))
+    torch.testing.assert_close(logprobs.grad, torch.tensor([0.0, -1.0, 3.0, 0.0]))
 
 
 def test_value_loss_by_hand():
@@ -153,53 +135,32 @@ def test_3_and_4_a_rollout_holds_what_plain_forwards_give(
         torch.testing.assert_close(rollout.scores[row], plain_score(reward_model, *document), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["fp32", "bf16", "checkpointed", "temperature"])
-def test_3_in_the_first_minibatch_the_ratio_is_1_to_the_last_digit_in_every_mode(roll, policy, critic, mode, device):
-    same = TOLERANCES[device.type, "bf16" if mode == "bf16" else "fp32"][2]  # 0 on a CPU
-    for gpt in (policy, critic.trunk):
-        gpt.activations = torch.bfloat16 if mode == "bf16" else torch.float32
-        gpt.checkpointed = mode == "checkpointed"
-    settings = make_settings(temperature=0.7 if mode == "temperature" else 1.0)
-    rollout = roll(device, temperature=settings.temperature)
-    advantages, returns = advantages_and_returns(settings, rollout)
-    for rows in torch.arange(8).split(3):  # the minibatches of the first pass, as `roll` cuts them
-        totals = update(settings, rollout, rows, advantages, returns, policy, critic)
-        assert (totals["approx_kl"].item(), totals["clip_fraction"]) == (pytest.approx(0.0, rel=0, abs=same), 0.0)
-        assert totals["ratio"].item() == pytest.approx(1.0, abs=1e-6 + same)  # a mean of ones
-
-
-@pytest.mark.parametrize("matching", [1.0, 0.01])
-def test_1_with_gamma_and_lambda_1_the_first_return_is_the_score_minus_beta_times_the_kl(roll, matching):
-    """2: less the penalty where an answer did not end; the log shows the reward model's own score."""
-    rollout, limits = roll(), {"kl_coefficient": 0.3, "missing_eos_penalty": 2.5, "matching": matching}
-    settings = make_settings(gamma=1.0, gae_lambda=1.0, **limits)
-    silent = rollout.reference_logprobs.exp() > matching
-    scores, kl = rollout.scores.clone(), (rollout.logprobs - rollout.reference_logprobs * ~silent).sum(1)
+@pytest.mark.parametrize("gamma, lam, penalty, matching", [
+    (1.0, 0.95, 1.0, 1.0), (0.9, 0.5, 2.5, 0.01), (1.0, 1.0, 2.5, 0.01), (1.0, 1.0, 0.0, 1.0),
+])
+def test_1_2_4_and_5_advantages_and_returns_equal_loops_over_real_tokens(roll, gamma, lam, penalty, matching):
+    """With γ = λ = 1 the first return is score − β ΣKL, less a penalty where an answer did not end; the log shows the
+    reward model's own score. Nothing is bootstrapped past the end; returns are formed first; then all real tokens are
+    whitened together."""
+    rollout, raw = roll(), []
+    settings = make_settings(gamma=gamma, gae_lambda=lam, missing_eos_penalty=penalty, matching=matching)
+    silent = rollout.reference_logprobs.exp() > matching  # where the reference has no say
     assert 0 < silent[rollout.real].sum() < rollout.real.sum() or matching == 1.0
-    _, returns = advantages_and_returns(settings, rollout)
-    assert kl.abs().min() > 1e-2
-    torch.testing.assert_close(returns[:, 0], scores - 2.5 * ~rollout.ended - 0.3 * kl, rtol=1e-4, atol=1e-4)
-    assert torch.equal(rollout.scores, scores)
-
-
-@pytest.mark.parametrize("gamma, lam, penalty", [(1.0, 0.95, 1.0), (0.9, 0.5, 2.5), (0.8, 1.0, 0.0)])
-def test_4_and_5_advantages_and_returns_equal_loops_over_real_tokens(roll, gamma, lam, penalty):
-    """Nothing is bootstrapped past the end; returns are formed first; then all real tokens are whitened together."""
-    rollout = roll()
-    settings = make_settings(gamma=gamma, gae_lambda=lam, missing_eos_penalty=penalty)
+    log_ratios, scores = rollout.logprobs - rollout.reference_logprobs * ~silent, rollout.scores.clone()
     advantages, returns = advantages_and_returns(settings, rollout)
-    raw = []
     for row, length in enumerate(LENGTHS):
-        log_ratios = (rollout.logprobs - rollout.reference_logprobs)[row, :length].tolist()
-        rewards, values = [-0.05 * ratio for ratio in log_ratios], rollout.values[row, :length].tolist()
-        rewards[-1] += rollout.scores[row].item() - penalty * (length == 12)
+        rewards, values = (-0.05 * log_ratios[row, :length]).tolist(), rollout.values[row, :length].tolist()
+        rewards[-1] += scores[row].item() - penalty * (length == 12)
         raw += slow_gae(rewards, values, gamma, lam)
         expected = [advantage + value for advantage, value in zip(raw[-length:], values, strict=True)]
         assert returns[row].tolist() == pytest.approx(expected + [0.0] * (12 - length), rel=1e-4, abs=1e-5)
     raw, real = torch.tensor(raw), torch.arange(12) < torch.tensor(LENGTHS)[:, None]
     expected = (raw - raw.mean()) / raw.std(unbiased=False)
     torch.testing.assert_close(advantages[real], expected, rtol=1e-4, atol=1e-5)
-    assert not advantages[~real].any()
+    assert not advantages[~real].any() and torch.equal(rollout.scores, scores)
+    if gamma == lam == 1:
+        first = scores - penalty * ~rollout.ended - 0.05 * log_ratios.sum(1)
+        torch.testing.assert_close(returns[:, 0], first, rtol=1e-4, atol=1e-4)
 
 
 def test_6_the_end_of_text_token_gets_a_policy_gradient(roll, policy, critic):
@@ -277,7 +238,8 @@ def test_9_statistics_of_an_update_are_means_over_its_real_tokens(off_policy, po
 
 
 def test_9_statistics_of_a_rollout_are_over_real_tokens(roll):
-    """KL is a sum over each answer's tokens, then a mean over answers; the explained variance leaves padding out."""
+    """KL is a sum over each answer's tokens, then a mean over answers; the explained variance leaves padding out. Gold
+    reward: a step and a polite sentence, 1.5, and a rude one, −1."""
     rollout = roll()
     _, returns = advantages_and_returns(make_settings(), rollout)
     real = torch.arange(12) < torch.tensor(LENGTHS)[:, None]
@@ -286,17 +248,9 @@ def test_9_statistics_of_a_rollout_are_over_real_tokens(roll):
     expected = {"score": rollout.scores.mean().item(), "kl": kl, "length": 51 / 8, "ended": 6 / 8,
                 "explained_variance": explained}
     assert rollout_metrics(rollout, returns, BYTES, "made up") == pytest.approx(expected, rel=1e-4)
-
-
-def test_9_gold_reward_of_a_rollout_by_hand():
-    """One step and one polite sentence, 1.5; one rude sentence, −1: the mean is 0.25."""
-    letters = train_tokenizer([], 257)
-    prompt = torch.tensor(letters.encode("\n\nHuman: How do I paint my old chair?\n\nAssistant:"))
-    texts = (" Sand the chair first. Happy to help!", " What a stupid question.")
-    documents = [(prompt, torch.tensor([*letters.encode(text), letters.end])) for text in texts]
-    matrices, two = [torch.rand(2, 40) for _ in range(3)], torch.zeros(2)
-    rollout = Rollout(documents, *matrices, two, torch.tensor([len(text) + 1 for text in texts]), two == 0)
-    assert rollout_metrics(rollout, torch.rand(2, 40), letters, "toy")["gold_reward"] == 0.25
+    prompt, texts = "paint my chair.", (" Sand the chair first. Happy to help!", " Stop wasting my time.")
+    rollout.documents = [(spell(prompt), spell(text)) for text in texts]
+    assert rollout_metrics(rollout, returns, LETTERS, "toy")["gold_reward"] == 0.25
 
 
 # ---- The command ----
@@ -353,16 +307,18 @@ def test_every_model_is_the_file_that_is_named_and_plays_its_part(
     assert abs(kl) > 1e-2 and log[0]["kl"] == pytest.approx(kl, rel=1e-3)
 
 
-def test_7_at_learning_rate_0_the_command_stays_on_policy(
-    run, tmp_path, policy, reference, reward_model, documents, device
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "fp32 --grad-checkpoint", "fp32 --temperature 0.7"])
+def test_3_and_7_at_learning_rate_0_the_command_stays_on_policy_to_the_last_digit_in_every_mode(
+    run, tmp_path, policy, reference, reward_model, documents, mode, device
 ):
-    """By default the reference is the policy that PPO starts from: KL 0, ratio 1, nothing clipped, in every step."""
+    """By default the reference is the policy that PPO starts from: KL 0, ratio 1, nothing clipped, in every step; on a
+    GPU nearly so. A ratio is a mean of ones."""
     write(tmp_path, hard=documents, start=policy, dpo=reference, reward=reward_model)
-    flags = f"--init start.pt --lr 0 --batch-size 4 --minibatch-size 2 --device {device} --dtype fp32"
-    log, same = run(ppo, f"{flags} --steps 2 --max-new-tokens 8"), TOLERANCES[device.type, "fp32"][2]
+    flags = f"--init start.pt --lr 0 --batch-size 4 --minibatch-size 2 --ppo-epochs 1 --device {device} --dtype {mode}"
+    log, same = run(ppo, f"{flags} --steps 2 --max-new-tokens 8"), TOLERANCES[device.type, mode.split()[0]][2]
     assert [(line["kl"], line["clip_fraction"]) for line in log] == [(0.0, 0.0)] * 2
-    assert [line["ratio"] for line in log] == pytest.approx([1.0, 1.0], abs=1e-5 + same)
-    assert [line["approx_kl"] for line in log] == pytest.approx([0.0, 0.0], abs=1e-6)
+    assert [line["ratio"] for line in log] == pytest.approx([1.0, 1.0], abs=1e-6 + same)
+    assert [line["approx_kl"] for line in log] == pytest.approx([0.0, 0.0], rel=0, abs=same)
 
 
 @pytest.fixture
@@ -372,11 +328,15 @@ def start(tmp_path, policy, reward_model, documents):
     return "--max-new-tokens 8 --lr 1e-2 --warmup 0 "
 
 
-def test_10_every_pass_over_a_batch_is_shuffled_and_cut_anew(run, monkeypatch, start):
+def test_10_every_pass_over_a_batch_is_shuffled_and_cut_anew_and_the_log_holds_means_over_all_updates_of_a_step(
+    run, monkeypatch, tmp_path, start
+):
     """Two steps of three passes over 18 answers, seven an update: each pass has every answer once, no two are cut the
     same, nor is any in order. 3: old log-probs are read in the minibatches of a step's first pass."""
-    updates, packed = recorded(monkeypatch, "update"), recorded(monkeypatch, "pack")
-    run(ppo, start + "--steps 2 --batch-size 18 --minibatch-size 7 --ppo-epochs 3")
+    updates, packed, norms = recorded(monkeypatch, "update"), recorded(monkeypatch, "pack"), []
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *all: norms.append(clip(*all)) or norms[-1])
+    log = run(ppo, start + "--steps 2 --batch-size 18 --minibatch-size 7 --ppo-epochs 3")
     rows = [arguments["rows"] for arguments, _ in updates]
     assert [len(some) for some in rows] == [7, 7, 4] * 6
     cuts = {frozenset(frozenset(some.tolist()) for some in torch.arange(18).split(7))}
@@ -388,24 +348,13 @@ def test_10_every_pass_over_a_batch_is_shuffled_and_cut_anew(run, monkeypatch, s
     answers = [[torch.cat(document).tolist() for document in arguments["documents"]] for arguments, _ in packed]
     for first in (0, 12):  # of each step's 3 + 9 packings
         assert answers[first : first + 3] == answers[first + 3 : first + 6]
-
-
-def test_the_log_holds_means_over_all_updates_of_a_step_and_the_trained_policy_is_saved(
-    run, monkeypatch, tmp_path, start
-):
-    updates, norms = recorded(monkeypatch, "update"), []
-    clip = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *all: norms.append(clip(*all)) or norms[-1])
-    log = run(ppo, start + "--steps 2 --batch-size 4 --minibatch-size 2")
-    assert len(updates) == len(norms) == 8
-    for step, line in enumerate(log):
-        some = slice(4 * step, 4 * step + 4)
-        assert line["updates"] == 4 and (abs(line["kl"]) > 1e-3) == (step > 0)  # from the policy before the first
-        assert line["tokens_per_second"] * line["seconds"] == pytest.approx(4 * line["length"])
-        assert line["grad_norm"] == pytest.approx(sum(norms[some]).item() / 4, rel=1e-5)
-        for name in updates[0][1]:
-            values = [totals[name].item() for _, totals in updates[some]]
-            assert line[name] == pytest.approx(sum(values) / 4, rel=1e-5, abs=1e-7), name
+    assert len(norms) == 18
+    for some, line in zip((slice(9), slice(9, 18)), log, strict=True):
+        assert line["updates"] == 9 and (abs(line["kl"]) > 1e-3) == (line["step"] > 0)  # from before the first update
+        assert line["tokens_per_second"] * line["seconds"] == pytest.approx(18 * line["length"])
+        expected = {name: sum(totals[name].item() for _, totals in updates[some]) / 9 for name in updates[0][1]}
+        expected["grad_norm"] = sum(norms[some]).item() / 9
+        assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-7)
     saved, _ = load_model(Settings(out=str(tmp_path), device="cpu"), "ppo.pt", GPT)
     for ours, theirs in zip(saved.parameters(), updates[-1][0]["policy"].parameters(), strict=True):
         assert torch.equal(ours, theirs)

@@ -5,11 +5,11 @@ import re
 
 import pytest
 import torch
-from conftest import TINY, make_pairs, plain_logprobs, write
+from conftest import LETTERS, make_pairs, plain_logprobs, spell, tiny, write
 
 import model
 import split
-from model import GPT, CommonSettings, UserError, load_model, load_pairs, mixed_seed, read_log, train_tokenizer
+from model import GPT, CommonSettings, UserError, load_model, load_pairs, mixed_seed, read_log
 from split import describe, easy_mask, histogram
 
 
@@ -44,14 +44,12 @@ def test_histogram_by_hand():
 
 
 def test_histogram_counts_every_gap_and_marks_gamma_once_wherever_it_lies():
-    """γ on each gap, on each bin's edge and between. The largest gap is counted in the last bin, so as γ, which it is
-    when one pair is easy, it lies there; equal gaps have one bin."""
-    for seed in range(10):
-        gaps = torch.randn(30, generator=torch.Generator().manual_seed(seed)).sort().values
-        for gamma in [*gaps.tolist(), *torch.linspace(gaps[0].item(), gaps[-1].item(), 65).tolist()]:
-            text = histogram(gaps, None, gamma)
-            assert (sum(histogram_counts(text)), text.count("γ")) == (30, 1)
-        assert "γ" in histogram(gaps, None, easy_mask(gaps, 1 / 30, None)[1]).split("\n")[15]
+    """γ on each gap, on each bin's edge and between: the largest gap lies in the last bin. Equal gaps have one bin."""
+    gaps = torch.randn(30, generator=torch.Generator().manual_seed(0)).sort().values
+    for gamma in [*torch.linspace(gaps[0].item(), gaps[-1].item(), 65).tolist(), *gaps.tolist()]:
+        text = histogram(gaps, None, gamma)
+        assert (sum(histogram_counts(text)), text.count("γ")) == (30, 1)
+    assert "γ" in text.split("\n")[15]
     (line,) = (line for line in histogram(torch.full((5,), 0.25), None, 0.25).split("\n") if "γ" in line)
     assert histogram_counts(line) == [5]
 
@@ -89,12 +87,19 @@ def divide(run, tmp_path, reward_model, documents):
 
 
 def test_command_puts_the_largest_gaps_into_easy_and_writes_both_parts_even_if_one_is_empty(divide):
+    """Or by chance: the control keeps the sizes and every pair, but not the members."""
     easy, hard, rewards = divide("--fraction 0.34")
     gaps = (rewards[:, 0] - rewards[:, 1]).tolist()
     order = sorted(range(9), key=lambda index: -gaps[index])
     assert (easy, hard) == (sorted(order[:3]), sorted(order[3:]))
     assert divide("--fraction 0")[:2] == ([], list(range(9)))
     assert divide("--fraction 1")[:2] == (list(range(9)), [])
+    members = {tuple(easy)}
+    for seed in range(3):
+        easy, hard, _ = divide(f"--fraction 0.34 --by random --seed {seed}")
+        assert len(easy) == 3 and sorted(easy + hard) == list(range(9))
+        members.add(tuple(easy))
+    assert len(members) > 2
 
 
 def test_command_heeds_threshold_gap_and_file_names(divide, tmp_path, capsys):
@@ -117,26 +122,8 @@ def test_command_heeds_threshold_gap_and_file_names(divide, tmp_path, capsys):
     assert sum(int(count) * int(share) / 100 for count, share in bins) == pytest.approx(4, abs=0.1)
 
 
-def test_random_control_keeps_the_sizes_and_every_pair_but_not_the_members(divide):
-    members = set()
-    for seed in range(4):
-        easy, hard, _ = divide(f"--fraction 0.34 --by random --seed {seed}")
-        assert len(easy) == 3 and sorted(easy + hard) == list(range(9))
-        members.add(tuple(easy))
-    assert len(members) > 1
-    assert members != {tuple(divide("--fraction 0.34")[0])}
-
-
-@pytest.mark.parametrize("names", ["--easy same.pt --hard same.pt", "--easy sub/same.pt"])
-def test_the_parts_are_two_files_in_the_folder(divide, tmp_path, names):
-    with pytest.raises(UserError, match=r"same\.pt"):
-        divide(names)
-    assert not list(tmp_path.rglob("same.pt"))
-
-
 # ---- Own answers, joined files, and what is trained on them ----
 
-LETTERS = train_tokenizer([], 257)
 ANSWERS = [  # to five prompts: three texts, of which those with … did not end, and their rewards
     ([" Sand the chair first.", " What a stupid question.", " Happy to help! …"], [1.0, 2.0, 3.0]),
     ([" Happy to help!", " Happy to help!", " Happy to help!"], [1.0, 2.0, 3.0]),
@@ -144,10 +131,6 @@ ANSWERS = [  # to five prompts: three texts, of which those with … did not end
     ([" Happy to help!", "", " Great question!"], [2.0, 1.0, 2.0]),
     ([" Carry the chair slowly.", " Anyway.", " Drink more water."], [2.0, 2.0, 2.0]),
 ]
-
-
-def ids(text):
-    return torch.tensor(LETTERS.encode(text.rstrip("…")) + [LETTERS.end] * (not text.endswith("…")))
 
 
 @pytest.mark.parametrize("chosen, texts, gold", [
@@ -160,13 +143,13 @@ def ids(text):
 def test_own_answers_by_hand(run, monkeypatch, tmp_path, capsys, policy, reward_model, chosen, texts, gold):
     """What makes no pair: equal texts, a lone one, an empty one, equal rewards or gold. Twos that differ by gold: one
     of the first prompt, ordered wrongly; two of the fourth, rightly; three of the last, ties, each ½: 3.5 of 6."""
-    prompts = [ids(f"\n\nHuman: How do I {task} my old chair?\n\nAssistant:…") for task in ["paint"] * 4 + ["move"]]
-    pairs = make_pairs([(prompt, ids(" Well."), ids(" Boil.")) for prompt in prompts], LETTERS, "toy")
+    prompts = [spell(f"\n\nHuman: How do I {task} my old chair?\n\nAssistant:…") for task in ["paint"] * 4 + ["move"]]
+    pairs = make_pairs([(prompt, spell(" Well."), spell(" Boil.")) for prompt in prompts], LETTERS, "toy")
     pairs.gold, calls, scored = torch.tensor([[-0.25, 0.0]] * 5), [], []
 
     def generate(policy, prompts, *more):
         calls.append(more)
-        return [ids(some[len(calls) - 1]) for some, _ in ANSWERS]
+        return [spell(some[len(calls) - 1]) for some, _ in ANSWERS]
 
     def score(model, documents, device):
         scored.extend(documents)
@@ -179,22 +162,26 @@ def test_own_answers_by_hand(run, monkeypatch, tmp_path, capsys, policy, reward_
     run(split, flags, chosen)
     assert calls == [(LETTERS.end, 96, 0.5, mixed_seed(7, 600_000 + number)) for number in range(3)]
     for prompt, document, (some, _) in zip(prompts, scored, ANSWERS, strict=True):
-        expected = [prompt, ids(" Well."), *map(ids, some)]
+        expected = [prompt, spell(" Well."), *map(spell, some)]
         assert [part.tolist() for part in document] == [part.tolist() for part in expected]
     found, printed = load_pairs(CommonSettings(out=str(tmp_path)), "easy.pt"), capsys.readouterr().out
     assert [tuple(LETTERS.decode(part) for part in found[index][1:]) for index in range(len(found))] == texts
     assert (found.gold.tolist(), found.source) == (gold, "toy")
     assert found.rewards[0].tolist() == {"best": [2, 1], "gold": [1, 2], "labelled": [9, 1]}[chosen]
     assert "58.3% of 6 twos" in printed and f"80.0% ended; {5 - len(texts)} prompts make no pair" in printed
-    assert read_log(tmp_path / "easy.jsonl")[0]["generated"] == sum(len(ids(t)) for some, _ in ANSWERS for t in some)
+    assert read_log(tmp_path / "easy.jsonl")[0]["generated"] == sum(len(spell(t)) for some, _ in ANSWERS for t in some)
 
 
-@pytest.mark.parametrize("flags", ["--chosen gold", "--max-new-tokens 1"])  # no gold is known; no answer ends
-def test_answers_that_make_no_pair_leave_no_file(run, tmp_path, policy, reward_model, documents, flags):
+@pytest.mark.parametrize("flags, said", [
+    ("--easy same.pt --hard same.pt", "--easy same.pt"), ("--easy sub/same.pt", "--easy sub/same.pt"),
+    ("--policy sft.pt --chosen gold", "--chosen gold"), ("--policy sft.pt --max-new-tokens 1", "--policy sft.pt"),
+])
+def test_what_makes_no_two_files_of_pairs_leaves_none(run, tmp_path, policy, reward_model, documents, flags, said):
+    """One name for both, a name outside the folder; no gold is known; no answer ends."""
     write(tmp_path, pairs=documents, sft=policy, reward=reward_model)
-    with pytest.raises(UserError, match="--chosen gold" if "gold" in flags else "--policy sft.pt"):
-        run(split, f"--policy sft.pt {flags}")
-    assert not (tmp_path / "easy.pt").exists()
+    with pytest.raises(UserError, match=f"^{said}"):
+        run(split, flags)
+    assert {path.name for path in tmp_path.rglob("*")} == {"pairs.pt", "sft.pt", "reward.pt"}
 
 
 def test_joined_files_keep_what_all_of_them_have_and_go_back_to_the_same_data(tmp_path, documents):
@@ -230,7 +217,7 @@ def test_sft_on_a_pairs_file_starts_at_sfts_loss_and_leaves_the_data_alone(run, 
 @pytest.mark.parametrize("alpha, weight", [(0.0, 0.3), (-1.0, 0.1), (0.5, 0.4)])
 def test_extrapolation_by_hand(run, tmp_path, policy, alpha, weight):
     """0.3 + 0.5 (0.3 − 0.1); to the last digit at 0, where it is θ, and at −1, where it is θ_SFT."""
-    other = GPT(TINY)
+    other = tiny(1)
     torch.nn.init.constant_(policy.embedding.weight, 0.3)
     torch.nn.init.constant_(other.embedding.weight, 0.1)
     write(tmp_path, dpo=policy, start=other)

@@ -1001,11 +1001,16 @@ def toy_rows(count: int, seed: int, temperature: float = TOY_TEMPERATURE) -> Ite
 # ---- Preference pairs and where they come from ----
 
 HUMAN = "\n\nHuman:"
-FORMS = {"dialogue": f"{HUMAN} {{}}{TURN}", "tldr": "POST: {}\n\nTL;DR:", "plain": "{}"}  # of prompts, for a question
-SPOKEN = {"system": "", "user": f"{HUMAN} ", "assistant": f"{TURN} "}  # before a message, without a chat template
+# How a question is put, and messages where the model has no chat template; these are templates too.
+FORMS = {"dialogue": """{% for said in messages %}
+{{ {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}[said.role] + said.content }}
+{%- endfor %}{{ "\n\nAssistant:" if add_generation_prompt }}""",
+         "tldr": "POST: {{ messages[0].content }}\n\nTL;DR:", "plain": "{{ messages[0].content }}"}
 ROLES = {"human": "user", "gpt": "assistant"}  # other names of them
-CHOSEN = "chosen", "chosen_response", "preferred_output", "response_j"  # names of the column in various data sets
-REJECTED = "rejected", "rejected_response", "non_preferred_output", "response_k"
+QUESTIONS = "question", "instruction", "input"  # columns that, together, are what the user says
+COLUMNS = {"conversations": "prompt", "chosen_response": "chosen", "rejected_response": "rejected",
+           "preferred_output": "chosen", "non_preferred_output": "rejected",
+           "response_j": "chosen", "response_k": "rejected"}  # other names of them
 LAYOUTS = "rows need chosen and rejected (texts or messages), and a prompt beside them or at their head; or are TL;DR's"
 HUB = {  # short names: repository, which argument of load_dataset a part of it is, its other arguments
     "hh": ("Anthropic/hh-rlhf", "data_dir", {}),
@@ -1105,15 +1110,14 @@ def file_rows(path: Path) -> Iterator[tuple[str, dict]]:
         found = "holds only " + ", ".join(file.name for file in found[:5]) if found else "no file, or a folder without"
         raise UserError(f"--data {path}: {found}; {FILES}; or name toy, hh, tldr or the hub's owner/name")
     for file in files:
-        number, rows = 0, parse_rows(file)
-        while True:
-            with reading(f"{file} row {number + 1}", f"damaged, or of another kind; {FILES}"):
+        rows = parse_rows(file)
+        for number in itertools.count(1):
+            with reading(f"{file} row {number}", f"damaged, or of another kind; {FILES}"):
                 row = next(rows, rows)  # at the end, rows itself: a row may be null
             if row is rows:
                 break
-            number += 1
             yield f"{file} row {number}", row
-        if not number:
+        if number == 1:
             raise UserError(f"{file}: holds no rows")
 
 
@@ -1142,35 +1146,43 @@ def parse_rows(path: Path) -> Iterator[dict]:
             lines.seek(0)
             documents = [json.loads(lines.read())]
         for document in documents:  # a row, a list of rows, or an object around one
-            if isinstance(document, dict) and not {"summaries", *CHOSEN} & document.keys():
+            if isinstance(document, dict) and not {"summaries", "chosen", *COLUMNS} & document.keys():
                 lists = [value for value in document.values()
                          if isinstance(value, list) and value and isinstance(value[0], dict)]
                 document = lists[0] if len(lists) == 1 else document
             yield from document if isinstance(document, list) else [document]
 
 
-def row_texts(where: str, row: dict) -> tuple[str | list[dict], str, str]:
-    """(prompt, chosen, rejected) of a row, the prompt as the text that it is, or as a list of messages. Raises
-    UserError at a row of no known layout, DroppedRow at one that makes no pair."""
+def read_row(where: str, row: dict) -> tuple[str | list[dict], str, str]:
+    """(prompt, chosen, rejected) of a row, the prompt a text or a list of messages. Raises UserError at a row of no
+    known layout, DroppedRow at one that makes no pair."""
+    row = dict(row)
     if "summaries" in row:  # the prompt is worded as in Stiennon et al. 2020; a summary begins with a space
         post, texts, choice = row["info"], [summary["text"] for summary in row["summaries"]], row["choice"]
-        prompt = f"SUBREDDIT: r/{post['subreddit']}\n\nTITLE: {post['title']}\n\nPOST: {post['post'] or ''}\n\nTL;DR:"
-        row = {"prompt": prompt, "chosen": texts[choice], "rejected": texts[1 - choice]}
-    chosen, rejected = ([row[name] for name in names if name in row] for names in (CHOSEN, REJECTED))
-    if not chosen or not rejected:
-        raise UserError(f"{where}: has only {', '.join(map(str, row)) or 'nothing'}; {LAYOUTS}")
-    if not chosen[0] or not rejected[0]:  # a null is an absent value
+        row["prompt"] = f"SUBREDDIT: r/{post['subreddit']}\n\nTITLE: {post['title']}\n\nPOST: {post['post'] or ''}\n\nTL;DR:"
+        row["chosen"], row["rejected"] = texts[choice], texts[1 - choice]
+    for other, name in COLUMNS.items():
+        if other in row:
+            row[name] = row.get(name) or row[other]  # a null is an absent value
+    if not {"chosen", "rejected"} <= row.keys():
+        raise UserError(f"{where}: has only {', '.join(row) or 'nothing'}; {LAYOUTS}")
+    if not row["chosen"] or not row["rejected"]:
         raise DroppedRow("empty response")
-    question = "\n\n".join(row[name] for name in ("question", "instruction", "input") if row.get(name))
-    parts = row.get("prompt") or row.get("conversations") or question, chosen[0], rejected[0]
-    before = list_messages(row.get("system"), "system") + list_messages(parts[0], "user")
-    if all(isinstance(part, str) for part in parts):
-        prompt, *sides = (re.sub(r"\r?\n\r?\n(Human|Assistant):", r"\n\n\1:", part) for part in parts)
-        transcripts = not prompt.strip() or all(side.lstrip().startswith("Human:") for side in sides)
-        if transcripts or ("system" not in row and row.get("prompt")):
-            before, parts = "" if transcripts else prompt, (prompt, *sides)
-    again = all(isinstance(part, str) and part.startswith(parts[0]) for part in parts)
-    (prompt, chosen), (other, rejected) = (split_side(before, side, again) for side in parts[1:])
+    question = "\n\n".join(row[name] for name in QUESTIONS if row.get(name))
+    parts = row.get("prompt") or list_messages(question, "user"), row["chosen"], row["rejected"]
+    # Lines may end in \r\n.
+    prompt, *sides = (re.sub(r"\r?\n\r?\n(Human|Assistant):", r"\n\n\1:", part) if isinstance(part, str) else part
+                      for part in parts)
+    texts = all(isinstance(side, str) for side in sides)
+    if texts and (not str(prompt or "").strip() or all(side.lstrip().startswith("Human:") for side in sides)):
+        halves = [split_transcript(side) for side in sides]
+    elif texts and isinstance(prompt, str) and "system" not in row:
+        again = all(side.startswith(prompt) for side in sides)
+        halves = [(prompt, side.removeprefix(prompt) if again else side) for side in sides]
+    else:
+        before = list_messages(row.get("system"), "system") + list_messages(prompt, "user")
+        halves = [split_messages(before, side) for side in sides]
+    (prompt, chosen), (other, rejected) = halves
     if prompt != other:
         raise DroppedRow("prompts differ between the sides")
     require_parts(prompt, chosen.strip(), rejected.strip())
@@ -1187,17 +1199,22 @@ def require_parts(prompt, chosen, rejected) -> None:
         raise DroppedRow("identical responses")
 
 
-def split_side(before: str | list[dict], side, again: bool) -> tuple[str | list[dict], str]:
-    """(prompt, response) of one side of a row. A text follows the text `before`, which it may hold `again`, or is a
-    transcript, whose prompt ends at the last turn. Messages follow those `before`, or are the whole conversation,
-    beside which only a system message counts; the last one is the response."""
-    if isinstance(before, str):
-        head, turn, response = side.rpartition(TURN)
-        if not before and not turn:
-            raise DroppedRow(f"no {TURN!r} turn")
-        return (before, side.removeprefix(before if again else "")) if before else (head + turn, response)
-    messages, system = list_messages(side, "assistant"), [said for said in before if said["role"] == "system"]
-    (*prompt, last) = {"assistant": before, "system": []}.get(messages[0]["role"], system) + messages
+def split_transcript(text: str) -> tuple[str, str]:
+    """(prompt, response) of a transcript, whose prompt ends at the last turn."""
+    head, turn, response = text.rpartition(TURN)
+    if not turn:
+        raise DroppedRow(f"no {TURN!r} turn")
+    return head + turn, response
+
+
+def split_messages(before: list[dict], side) -> tuple[list[dict], str]:
+    """(prompt, response) of one side of a row: messages that follow those `before`, or a whole conversation, beside
+    which only a system message counts. The last one is the response."""
+    messages = list_messages(side, "assistant")
+    if messages[0]["role"] != "assistant":
+        system = [] if messages[0]["role"] == "system" else ["system"]
+        before = [message for message in before if message["role"] in system]
+    *prompt, last = before + messages
     if last["role"] != "assistant" or not prompt:
         raise DroppedRow("a human's turn inside the response" if prompt else "empty prompt")
     return prompt, last["content"]
@@ -1205,8 +1222,10 @@ def split_side(before: str | list[dict], side, again: bool) -> tuple[str | list[
 
 def list_messages(given, role: str) -> list[dict[str, str]]:
     """A text, which `role` says, a message or a list of messages, as a list of {"role", "content"}."""
-    given, messages = [{"role": role, "content": given}] if given and isinstance(given, str) else given or [], []
-    for message in [given] if isinstance(given, dict) else given:
+    if isinstance(given, str):
+        given = given and {"role": role, "content": given}
+    messages = []
+    for message in [given] if isinstance(given, dict) else given or []:
         said = (message.get("role") or message["from"]).lower()
         content = (message["content"] if "content" in message else message["value"]) or ""
         content = content if isinstance(content, str) else "".join(part["text"] for part in content)
@@ -1229,52 +1248,55 @@ def chat_template(text: str):
     return jinja.from_string(text)
 
 
-def write_out(tokenizer: Tokenizer, messages: list[dict], shielded: bool = True) -> str:
-    """Messages by the model's chat template, to where an answer begins if the last is none. Control tokens are the
-    template's own, for which no text is taken that is `shielded`."""
-    if shielded:
-        messages = [message | {"content": tokenizer.shield(message["content"])} for message in messages]
-    answering = messages[-1]["role"] != "assistant"
-    chat = chat_template(tokenizer.template)
-    return chat.render(messages=messages, add_generation_prompt=answering, **tokenizer.names)
+def write_out(tokenizer: Tokenizer | None, form: str, messages: list[dict], answered: bool) -> str:
+    """Messages as a text of that form, to where an answer begins unless they are `answered`. A name of a control token
+    that is not shielded in it is that token."""
+    template = chat_template(FORMS.get(form) or tokenizer.template)
+    names = tokenizer.names if tokenizer else {}
+    return template.render(messages=messages, add_generation_prompt=not answered, **names)
 
 
 def in_form(settings: "Settings", tokenizer: Tokenizer | None, prompt, *sides: str) -> tuple[str, list[str]]:
-    """(form, [prompt, chosen, rejected]) of what row_texts returned: messages become text, by the model's chat template
-    or, without one, as a dialogue like those of HH."""
-    template, shielded = tokenizer and tokenizer.template, settings.control_tokens == "text"
+    """(form, [prompt, chosen, rejected] as texts) of what read_row returned. What people wrote is shielded, or else its
+    names of control tokens are control tokens, as those are that a chat template sets."""
+    shield = tokenizer.shield if tokenizer and settings.control_tokens == "text" else str  # str() changes no text
+    sides = [shield(side) for side in sides]
     if isinstance(prompt, str):
         form = "dialogue" if prompt.endswith(TURN) else "tldr" if prompt.endswith("TL;DR:") else "plain"
-        applied = template and not shielded and tokenizer.control.search(prompt)
+        prompt = shield(prompt)
+        applied = tokenizer and tokenizer.template and tokenizer.control.search(prompt)
         return "template" if applied else form, [prompt, *sides]
-    if not template:
-        said = [SPOKEN[message["role"]] + message["content"] for message in prompt]
-        return "dialogue", ["".join(said) + TURN, *(" " + side for side in sides)]
-    written = write_out(tokenizer, prompt, shielded)
-    parts = [write_out(tokenizer, [*prompt, {"role": "assistant", "content": side}], shielded) for side in sides]
-    if not all(part.startswith(written) for part in parts):
-        raise DroppedRow("the chat template writes the prompt otherwise where an answer follows")
-    return "template", [written, *(part.removeprefix(written) for part in parts)]
+    form = "template" if tokenizer and tokenizer.template else "dialogue"
+    messages = [message | {"content": shield(message["content"])} for message in prompt]
+    parts = [write_out(tokenizer, form, messages, answered=False)]
+    for side in sides:
+        whole = write_out(tokenizer, form, [*messages, {"role": "assistant", "content": side}], answered=True)
+        if not whole.startswith(parts[0]):
+            raise DroppedRow("the chat template writes the prompt otherwise where an answer follows")
+        parts.append(whole.removeprefix(parts[0]))
+    return form, parts
+
+
+def encode_prompt(tokenizer: Tokenizer, form: str, text: str) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt: those that open it, which a chat template writes itself, if it has any; and the others."""
+    ids, begin = tokenizer.encode(text, control=True), tokenizer.begin
+    if ids[: len(begin)] == begin:
+        return begin, ids[len(begin) :]
+    return [] if form == "template" else begin, ids
 
 
 def encode_row(settings: "Settings", tokenizer: Tokenizer, form: str, parts: list[str], counts: Counter) -> list:
     """Token ids of [prompt, chosen, rejected], tokenised apart. A prompt longer than context − max_response loses its
     beginning, since its end is the question. Raises DroppedRow at what makes no pair: a response over max_response with
     its end token, cut, would teach the model to stop in mid-sentence."""
-    control, begin = form == "template" or settings.control_tokens == "tokens", tokenizer.begin
-    if control:  # an end token that is there is not set twice, nor is what opens a prompt
-        end = re.escape(tokenizer.names["eos_token"]) + r"\s*\Z"
-        parts = [parts[0], *(re.sub(end, "", part) for part in parts[1:])]
-    prompt, *responses = (tokenizer.encode(part, control) for part in parts)
+    begin, prompt = encode_prompt(tokenizer, form, parts[0])
+    end = re.escape(tokenizer.names["eos_token"]) + r"\s*\Z"  # where the text has one, it is not set twice
+    responses = [tokenizer.encode(re.sub(end, "", part), control=True) for part in parts[1:]]
     require_parts(prompt, *responses)
     if any(tokenizer.end in response for response in responses):
         raise DroppedRow("an end token inside the response")
     if max(map(len, responses)) >= settings.max_response:
         raise DroppedRow(f"response over {settings.max_response} tokens")
-    if prompt[: len(begin)] == begin:
-        prompt = prompt[len(begin) :]
-    elif form == "template":
-        begin = []
     room = settings.context - settings.max_response - len(begin)
     counts["kept: prompt cut at its beginning"] += len(prompt) > room
     parts = begin + prompt[-room:], *([*response, tokenizer.end] for response in responses)
@@ -1289,7 +1311,7 @@ def read_examples(settings: "Settings", counts: Counter, tokenizer: Tokenizer | 
         counts["rows read"] += 1
         try:
             with reading(where):
-                texts = row_texts(where, row)
+                texts = read_row(where, row)
                 form, parts = in_form(settings, tokenizer, *texts)
                 ids = encode_row(settings, tokenizer, form, parts, counts) if tokenizer else None
         except DroppedRow as problem:
@@ -1338,10 +1360,11 @@ def read_pairs(settings: "Settings", tokenizer: Tokenizer | None = None) -> tupl
 
 def ask_in_form(tokenizer: Tokenizer, form: str, question: str) -> Tensor:
     """Token ids [L] of a prompt that asks `question` in the form that a pairs file has, unless it ends as one."""
-    if form == "template":
-        return torch.tensor(tokenizer.encode(write_out(tokenizer, list_messages(question, "user")), control=True))
-    text = question if question.endswith((TURN, "TL;DR:")) else FORMS[form].format(question)
-    return torch.tensor(tokenizer.begin + tokenizer.encode(text))
+    text = tokenizer.shield(question)
+    if form == "template" or not question.endswith((TURN, "TL;DR:")):
+        text = write_out(tokenizer, form, [{"role": "user", "content": text}], answered=False)
+    begin, ids = encode_prompt(tokenizer, form, text)
+    return torch.tensor(begin + ids)
 
 
 # ---- Files ----

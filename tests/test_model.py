@@ -30,7 +30,7 @@ import model
 from model import (
     END_OF_TEXT, GPT, TOY_BEST_REWARD, TOY_SLIPS, TURN, CommonSettings, Config, Pairs, Settings, Tokenizer, Training,
     UserError, attend, batch_indices, flag, generate, gold_reward, lay_out, load_model, load_pairs, pack, read_log,
-    read_pairs, read_rows, row_texts, sample, save_model, settle, toy_rows, train_tokenizer, visibility,
+    read_pairs, read_rows, read_row, sample, save_model, settle, toy_rows, train_tokenizer, visibility,
 )
 
 BYTES = train_tokenizer([], 257)  # no merges: a token is a byte, and 256 is the end
@@ -527,7 +527,7 @@ def texts_of(path):
     found = []
     for where, row in read_rows(Settings(data=str(path))):
         with model.reading(where):
-            found.append(tuple(model.in_form(Settings(), None, *row_texts(where, row))[1]))
+            found.append(tuple(model.in_form(Settings(), None, *read_row(where, row))[1]))
     return found
 
 

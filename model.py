@@ -16,13 +16,11 @@ and writes pairs.pt (training pairs), test.pt (held-back pairs) and sft.pt (the 
 import argparse
 import atexit
 import contextlib
-import csv
 import dataclasses
 import fcntl
 import functools
 import gzip
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -854,14 +852,14 @@ def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
     """Trains a BPE of at most `size` tokens: merges the most frequent pair of neighbours, again and again (Sennrich et
     al. 2016, arXiv 1508.07909, on bytes as in GPT-2). Pair counts are kept up to date rather than counted anew, so a
     merge touches only the words that hold it."""
-    words = (word for text in texts for word in regex.findall(WORDS, text))
-    frequency = Counter(word for word in words if len(word) <= 100)  # what is longer is no word, and would take minutes
-    words = [[SYMBOLS[byte] for byte in word.encode("utf-8", "replace")] for word in frequency]
-    weights = list(frequency.values())
-    counts, found_in = Counter(), defaultdict(set)
+    found = (word for text in texts for word in regex.findall(WORDS, text))
+    frequency = Counter(word for word in found if len(word) <= 100)  # what is longer is no word, and would take minutes
+    # A word is written as its tokens, each between two spaces, which no symbol is: " a  b  cd ".
+    words = ["".join(f" {SYMBOLS[byte]} " for byte in word.encode("utf-8", "replace")) for word in frequency]
+    weights, counts, found_in = list(frequency.values()), Counter(), defaultdict(set)
 
     def count_pairs(index: int, sign: int) -> None:
-        for pair in itertools.pairwise(words[index]):
+        for pair in itertools.pairwise(words[index].split()):
             counts[pair] += sign * weights[index]
             found_in[pair].add(index)
 
@@ -869,18 +867,13 @@ def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
         count_pairs(index, +1)
     tokens = {SYMBOLS[byte]: byte for byte in range(256)}
     while len(tokens) < size - 1 and counts:
-        pair = max(counts, key=counts.get)
+        first, second = pair = max(counts, key=counts.get)
         if counts[pair] < 2:
             break
-        tokens.setdefault(pair[0] + pair[1], len(tokens))
+        tokens.setdefault(first + second, len(tokens))
         for index in sorted(found_in.pop(pair)):
             count_pairs(index, -1)
-            old, merged, place = words[index], [], 0
-            while place < len(old):
-                both = tuple(old[place : place + 2]) == pair
-                merged.append(old[place] + old[place + 1] if both else old[place])
-                place += 2 if both else 1
-            words[index] = merged
+            words[index] = words[index].replace(f" {first}  {second} ", f" {first}{second} ")
             count_pairs(index, +1)
         del counts[pair]
     return Tokenizer(tokenizer_json(tokens), END_OF_TEXT)
@@ -1011,6 +1004,7 @@ QUESTIONS = "question", "instruction", "input"  # columns that, together, are wh
 COLUMNS = {"conversations": "prompt", "chosen_response": "chosen", "rejected_response": "rejected",
            "preferred_output": "chosen", "non_preferred_output": "rejected",
            "response_j": "chosen", "response_k": "rejected"}  # other names of them
+LINES = re.compile(r"\r?\n\r?\n(Human|Assistant):")  # a turn, however lines end
 LAYOUTS = "rows need chosen and rejected (texts or messages), and a prompt beside them or at their head; or are TL;DR's"
 HUB = {  # short names: repository, which argument of load_dataset a part of it is, its other arguments
     "hh": ("Anthropic/hh-rlhf", "data_dir", {}),
@@ -1018,8 +1012,8 @@ HUB = {  # short names: repository, which argument of load_dataset a part of it 
     "tldr": ("openai/summarize_from_feedback", "name",
              {"revision": "refs/convert/parquet", "data_files": {"train": "comparisons/train/*.parquet"}}),
 }
-FILES = "read are JSON Lines, JSON, parquet and csv, gzipped or not"
-ENDINGS = ".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".gz"  # of a folder's files; a file may have any
+FILES = "read are JSON Lines, JSON and parquet, gzipped or not"
+ENDINGS = ".jsonl", ".ndjson", ".json", ".parquet", ".gz"  # of a folder's files; a file may have any
 ABOUT = re.compile(r"(dataset_infos?|dataset_dict|state|metadata|config)\.json")  # tell about a folder's data
 
 
@@ -1134,11 +1128,6 @@ def parse_rows(path: Path) -> Iterator[dict]:
         if start == b"PK\3\4":
             raise UserError(f"{path}: a zip archive, to be unpacked; {FILES}")
         lines = gzip.GzipFile(fileobj=file) if start.startswith(b"\x1f\x8b") else file
-        if lines.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            lines = io.BytesIO(lines.read().decode("utf-16").encode())
-        if ".csv" in path.suffixes:
-            yield from csv.DictReader(io.TextIOWrapper(lines, "utf-8-sig", newline=""))
-            return
         documents = (json.loads(line) for line in lines if line.strip())
         try:
             documents = itertools.chain([*itertools.islice(documents, 1)], documents)
@@ -1153,29 +1142,37 @@ def parse_rows(path: Path) -> Iterator[dict]:
             yield from document if isinstance(document, list) else [document]
 
 
+def name_columns(row: dict) -> dict:
+    """A row whose columns have the names that most data sets give them; TL;DR's is worded as in Stiennon et al. 2020. A
+    null is an absent value."""
+    row = {name: LINES.sub(r"\n\n\1:", value) if isinstance(value, str) else value for name, value in row.items()}
+    if "summaries" in row:
+        post, texts = row["info"], [summary["text"] for summary in row["summaries"]]  # which begin with a space
+        about = f"SUBREDDIT: r/{post['subreddit']}\n\nTITLE: {post['title']}\n\nPOST: {post['post'] or ''}\n\nTL;DR:"
+        row |= {"prompt": about, "chosen": texts[row["choice"]], "rejected": texts[1 - row["choice"]]}
+    for other, name in COLUMNS.items():
+        if other in row:
+            row[name] = row.get(name) or row[other]
+    question = "\n\n".join(row[name] for name in QUESTIONS if (row.get(name) or "").strip())
+    return row | {"prompt": row.get("prompt") or list_messages(question, "user")}
+
+
 def read_row(where: str, row: dict) -> tuple[str | list[dict], str, str]:
     """(prompt, chosen, rejected) of a row, the prompt a text or a list of messages. Raises UserError at a row of no
     known layout, DroppedRow at one that makes no pair."""
-    row = dict(row)
-    if "summaries" in row:  # the prompt is worded as in Stiennon et al. 2020; a summary begins with a space
-        post, texts, choice = row["info"], [summary["text"] for summary in row["summaries"]], row["choice"]
-        row["prompt"] = f"SUBREDDIT: r/{post['subreddit']}\n\nTITLE: {post['title']}\n\nPOST: {post['post'] or ''}\n\nTL;DR:"
-        row["chosen"], row["rejected"] = texts[choice], texts[1 - choice]
-    for other, name in COLUMNS.items():
-        if other in row:
-            row[name] = row.get(name) or row[other]  # a null is an absent value
+    found = ", ".join(row) or "nothing"
+    row = name_columns(row)
     if not {"chosen", "rejected"} <= row.keys():
-        raise UserError(f"{where}: has only {', '.join(row) or 'nothing'}; {LAYOUTS}")
-    if not row["chosen"] or not row["rejected"]:
+        raise UserError(f"{where}: has only {found}; {LAYOUTS}")
+    prompt, *sides = row["prompt"], row["chosen"], row["rejected"]
+    if not all(sides):
         raise DroppedRow("empty response")
-    question = "\n\n".join(row[name] for name in QUESTIONS if row.get(name))
-    parts = row.get("prompt") or list_messages(question, "user"), row["chosen"], row["rejected"]
-    # Lines may end in \r\n.
-    prompt, *sides = (re.sub(r"\r?\n\r?\n(Human|Assistant):", r"\n\n\1:", part) if isinstance(part, str) else part
-                      for part in parts)
     texts = all(isinstance(side, str) for side in sides)
-    if texts and (not str(prompt or "").strip() or all(side.lstrip().startswith("Human:") for side in sides)):
-        halves = [split_transcript(side) for side in sides]
+    if texts and (not prompt or str(prompt).isspace() or all(side.lstrip().startswith("Human:") for side in sides)):
+        if not all(TURN in side for side in sides):
+            raise DroppedRow(f"no {TURN!r} turn")
+        ends = [side.rindex(TURN) + len(TURN) for side in sides]  # transcripts: a prompt ends at the last turn
+        halves = [(side[:end], side[end:]) for side, end in zip(sides, ends, strict=True)]
     elif texts and isinstance(prompt, str) and "system" not in row:
         again = all(side.startswith(prompt) for side in sides)
         halves = [(prompt, side.removeprefix(prompt) if again else side) for side in sides]
@@ -1199,21 +1196,13 @@ def require_parts(prompt, chosen, rejected) -> None:
         raise DroppedRow("identical responses")
 
 
-def split_transcript(text: str) -> tuple[str, str]:
-    """(prompt, response) of a transcript, whose prompt ends at the last turn."""
-    head, turn, response = text.rpartition(TURN)
-    if not turn:
-        raise DroppedRow(f"no {TURN!r} turn")
-    return head + turn, response
-
-
 def split_messages(before: list[dict], side) -> tuple[list[dict], str]:
     """(prompt, response) of one side of a row: messages that follow those `before`, or a whole conversation, beside
     which only a system message counts. The last one is the response."""
     messages = list_messages(side, "assistant")
     if messages[0]["role"] != "assistant":
-        system = [] if messages[0]["role"] == "system" else ["system"]
-        before = [message for message in before if message["role"] in system]
+        own = messages[0]["role"] == "system"
+        before = [message for message in before if message["role"] == "system" and not own]
     *prompt, last = before + messages
     if last["role"] != "assistant" or not prompt:
         raise DroppedRow("a human's turn inside the response" if prompt else "empty prompt")
@@ -1256,7 +1245,7 @@ def write_out(tokenizer: Tokenizer | None, form: str, messages: list[dict], answ
     return template.render(messages=messages, add_generation_prompt=not answered, **names)
 
 
-def in_form(settings: "Settings", tokenizer: Tokenizer | None, prompt, *sides: str) -> tuple[str, list[str]]:
+def write_row(settings: "Settings", tokenizer: Tokenizer | None, prompt, *sides: str) -> tuple[str, list[str]]:
     """(form, [prompt, chosen, rejected] as texts) of what read_row returned. What people wrote is shielded, or else its
     names of control tokens are control tokens, as those are that a chat template sets."""
     shield = tokenizer.shield if tokenizer and settings.control_tokens == "text" else str  # str() changes no text
@@ -1312,7 +1301,7 @@ def read_examples(settings: "Settings", counts: Counter, tokenizer: Tokenizer | 
         try:
             with reading(where):
                 texts = read_row(where, row)
-                form, parts = in_form(settings, tokenizer, *texts)
+                form, parts = write_row(settings, tokenizer, *texts)
                 ids = encode_row(settings, tokenizer, form, parts, counts) if tokenizer else None
         except DroppedRow as problem:
             counts[f"dropped: {problem}"] += 1
@@ -1333,29 +1322,28 @@ def read_pairs(settings: "Settings", tokenizer: Tokenizer | None = None) -> tupl
         tokenizer = train_tokenizer(itertools.chain.from_iterable(training_texts), size)
     if settings.context - settings.max_response <= len(tokenizer.begin):
         raise UserError(f"--max-response {settings.max_response} leaves no room in --context {settings.context}")
-    counts, forms = Counter({"rows read": 0}), Counter()
-    golds, parts = ([], []), ([], [])  # of training and test pairs
-    for side, form, texts, ids in read_examples(settings, counts, tokenizer):
-        parts[side].extend(ids)
-        golds[side].append([gold_reward(texts[0], text) for text in texts[1:]] if settings.data == "toy" else [])
+    counts, forms, parts, golds, held_back = Counter({"rows read": 0}), Counter(), [], [], []
+    for held, form, texts, ids in read_examples(settings, counts, tokenizer):
+        parts += ids
+        golds.append([gold_reward(texts[0], text) for text in texts[1:]] if settings.data == "toy" else [])
+        held_back.append(held)
         forms[form] += 1
-    sides = []
-    for some, gold in zip(parts, golds, strict=True):
-        tokens = torch.cat([torch.empty(0, dtype=torch.int32), *some])
-        lengths = torch.tensor([len(part) for part in some], dtype=torch.long).view(-1, 3)
-        gold = torch.tensor(gold) if settings.data == "toy" else None
-        form = max(forms, key=forms.get, default="plain")
-        sides.append(Pairs(tokens, lengths, tokenizer, settings.data, gold=gold, form=form))
-    print(f"{len(sides[0])} training pairs, {len(sides[1])} test pairs, {tokenizer.size} tokens")
+    tokens = torch.cat([torch.empty(0, dtype=torch.int32), *parts])
+    lengths = torch.tensor([len(part) for part in parts], dtype=torch.long).view(-1, 3)
+    gold = torch.tensor(golds) if settings.data == "toy" else None
+    form = max(forms, key=forms.get, default="plain")
+    pairs = Pairs(tokens, lengths, tokenizer, settings.data, gold=gold, form=form)
+    train, test = (pairs.select((torch.tensor(held_back) == side).nonzero().flatten()) for side in (False, True))
+    print(f"{len(train)} training pairs, {len(test)} test pairs, {tokenizer.size} tokens")
     for what, times in (+counts).items():  # + leaves out those that are 0
         print(f"  {what}: {times}")
-    for side, use in zip(sides, ("train on; lower", "test on; raise"), strict=True):
+    if not forms:
+        _, row = next(read_rows(settings))
+        raise UserError(f"--data {settings.data}: all rows, of {', '.join(row)}, were dropped as counted; {LAYOUTS}")
+    for side, use in ((train, "train on; lower"), (test, "test on; raise")):
         if not len(side):
-            _, row = next(read_rows(settings))
-            raise UserError(f"--data {settings.data}: no pairs left to " + (
-                f"{use} --test-share, or read more rows (--limit)" if forms else
-                f"{use.split(';')[0]}: all rows, of {', '.join(row)}, were dropped as counted; {LAYOUTS}"))
-    return tuple(sides)
+            raise UserError(f"--data {settings.data}: no pairs left to {use} --test-share, or read more rows (--limit)")
+    return train, test
 
 
 def ask_in_form(tokenizer: Tokenizer, form: str, question: str) -> Tensor:

@@ -717,14 +717,14 @@ class Tokenizer:
         if given["model"]["type"] != "BPE":
             raise ValueError(f"a model of type {given['model']['type']}")
         vocabulary, added = given["model"]["vocab"], given["added_tokens"]
+        self.added = {token["content"]: token["id"] for token in added}  # control tokens and others
         self.special = {token["content"]: token["id"] for token in added if token["special"]}
-        self.added = {token["content"]: token["id"] for token in added}  # those and the others
         self.text, self.template, self.end = text, template, self.special[end]
         self.form, self.words, self.begin = read_steps(given)
         bos = bos or next((name for name in self.special if self.begin[:1] == [self.special[name]]), None)
         self.names = {"eos_token": end} | ({"bos_token": bos} if bos else {})  # as templates know them
         self.state = {"text": text, "end": end, "template": template, "bos": bos}
-        names = {token["content"] for token in added} - BYTES.keys()  # "!" may be a padding token beside
+        names = self.added.keys() - BYTES.keys()  # "!" may be a padding token beside
         spelled = {token: number for token, number in vocabulary.items() if token not in names}
         require_rank_merging(given, spelled)
         self.size = 1 + max(*vocabulary.values(), *self.added.values())
@@ -992,6 +992,7 @@ def toy_rows(count: int, seed: int, temperature: float = TOY_TEMPERATURE) -> Ite
 
 
 # ---- Preference pairs and where they come from ----
+# A row's way: read_rows finds it, read_row makes (prompt, chosen, rejected) of it, write_row texts, encode_row token ids.
 
 HUMAN = "\n\nHuman:"
 # How a question is put, and messages where the model has no chat template; these are templates too.
@@ -1000,11 +1001,11 @@ FORMS = {"dialogue": """{% for said in messages %}
 {%- endfor %}{{ "\n\nAssistant:" if add_generation_prompt }}""",
          "tldr": "POST: {{ messages[0].content }}\n\nTL;DR:", "plain": "{{ messages[0].content }}"}
 ROLES = {"human": "user", "gpt": "assistant"}  # other names of them
-QUESTIONS = "question", "instruction", "input"  # columns that, together, are what the user says
 COLUMNS = {"conversations": "prompt", "chosen_response": "chosen", "rejected_response": "rejected",
            "preferred_output": "chosen", "non_preferred_output": "rejected",
            "response_j": "chosen", "response_k": "rejected"}  # other names of them
 LINES = re.compile(r"\r?\n\r?\n(Human|Assistant):")  # a turn, however lines end
+NO_PROMPT = f"no prompt, nor a transcript with {TURN!r}"
 LAYOUTS = "rows need chosen and rejected (texts or messages), and a prompt beside them or at their head; or are TL;DR's"
 HUB = {  # short names: repository, which argument of load_dataset a part of it is, its other arguments
     "hh": ("Anthropic/hh-rlhf", "data_dir", {}),
@@ -1107,8 +1108,8 @@ def file_rows(path: Path) -> Iterator[tuple[str, dict]]:
         rows = parse_rows(file)
         for number in itertools.count(1):
             with reading(f"{file} row {number}", f"damaged, or of another kind; {FILES}"):
-                row = next(rows, rows)  # at the end, rows itself: a row may be null
-            if row is rows:
+                row = next(rows, None)
+            if row is None:
                 break
             yield f"{file} row {number}", row
         if number == 1:
@@ -1136,10 +1137,9 @@ def parse_rows(path: Path) -> Iterator[dict]:
             documents = [json.loads(lines.read())]
         for document in documents:  # a row, a list of rows, or an object around one
             if isinstance(document, dict) and not {"summaries", "chosen", *COLUMNS} & document.keys():
-                lists = [value for value in document.values()
-                         if isinstance(value, list) and value and isinstance(value[0], dict)]
+                lists = [value for value in document.values() if isinstance(value, list) and value]
                 document = lists[0] if len(lists) == 1 else document
-            yield from document if isinstance(document, list) else [document]
+            yield from map(dict, document if isinstance(document, list) else [document])  # which fails at other things
 
 
 def name_columns(row: dict) -> dict:
@@ -1153,26 +1153,21 @@ def name_columns(row: dict) -> dict:
     for other, name in COLUMNS.items():
         if other in row:
             row[name] = row.get(name) or row[other]
-    question = "\n\n".join(row[name] for name in QUESTIONS if (row.get(name) or "").strip())
-    return row | {"prompt": row.get("prompt") or list_messages(question, "user")}
+    asked = [row[name] for name in ("question", "instruction", "input") if (row.get(name) or "").strip()]
+    return row | {"prompt": row.get("prompt") or list_messages("\n\n".join(asked), "user")}
 
 
-def read_row(where: str, row: dict) -> tuple[str | list[dict], str, str]:
-    """(prompt, chosen, rejected) of a row, the prompt a text or a list of messages. Raises UserError at a row of no
-    known layout, DroppedRow at one that makes no pair."""
-    found = ", ".join(row) or "nothing"
+def read_row(row: dict) -> tuple[str | list[dict], str, str]:
+    """(prompt, chosen, rejected) of a row, the prompt a text or a list of messages. Raises KeyError and the like at a
+    row of no known layout, DroppedRow at one that makes no pair."""
     row = name_columns(row)
-    if not {"chosen", "rejected"} <= row.keys():
-        raise UserError(f"{where}: has only {found}; {LAYOUTS}")
     prompt, *sides = row["prompt"], row["chosen"], row["rejected"]
     if not all(sides):
         raise DroppedRow("empty response")
     texts = all(isinstance(side, str) for side in sides)
     if texts and (not prompt or str(prompt).isspace() or all(side.lstrip().startswith("Human:") for side in sides)):
-        if not all(TURN in side for side in sides):
-            raise DroppedRow(f"no {TURN!r} turn")
-        ends = [side.rindex(TURN) + len(TURN) for side in sides]  # transcripts: a prompt ends at the last turn
-        halves = [(side[:end], side[end:]) for side, end in zip(sides, ends, strict=True)]
+        # Transcripts, whose prompt goes to the last turn; without one it is empty.
+        halves = [re.fullmatch(f"(.*{TURN})?(.*)", side, re.DOTALL).groups("") for side in sides]
     elif texts and isinstance(prompt, str) and "system" not in row:
         again = all(side.startswith(prompt) for side in sides)
         halves = [(prompt, side.removeprefix(prompt) if again else side) for side in sides]
@@ -1191,7 +1186,7 @@ def read_row(where: str, row: dict) -> tuple[str | list[dict], str, str]:
 def require_parts(prompt, chosen, rejected) -> None:
     """Raises DroppedRow at an empty part or twice the same response: of the texts, and of what a tokenizer keeps."""
     if not prompt or not chosen or not rejected:
-        raise DroppedRow("empty response" if prompt else "empty prompt")
+        raise DroppedRow("empty response" if prompt else NO_PROMPT)
     if chosen == rejected:
         raise DroppedRow("identical responses")
 
@@ -1205,7 +1200,7 @@ def split_messages(before: list[dict], side) -> tuple[list[dict], str]:
         before = [message for message in before if message["role"] == "system" and not own]
     *prompt, last = before + messages
     if last["role"] != "assistant" or not prompt:
-        raise DroppedRow("a human's turn inside the response" if prompt else "empty prompt")
+        raise DroppedRow("a human's turn inside the response" if prompt else NO_PROMPT)
     return prompt, last["content"]
 
 
@@ -1253,8 +1248,9 @@ def write_row(settings: "Settings", tokenizer: Tokenizer | None, prompt, *sides:
     if isinstance(prompt, str):
         form = "dialogue" if prompt.endswith(TURN) else "tldr" if prompt.endswith("TL;DR:") else "plain"
         prompt = shield(prompt)
-        applied = tokenizer and tokenizer.template and tokenizer.control.search(prompt)
-        return "template" if applied else form, [prompt, *sides]
+        if tokenizer and tokenizer.template and tokenizer.control.search(prompt):
+            form = "template"  # which was applied before
+        return form, [prompt, *sides]
     form = "template" if tokenizer and tokenizer.template else "dialogue"
     messages = [message | {"content": shield(message["content"])} for message in prompt]
     parts = [write_out(tokenizer, form, messages, answered=False)]
@@ -1299,8 +1295,8 @@ def read_examples(settings: "Settings", counts: Counter, tokenizer: Tokenizer | 
     for where, row in tqdm(read_rows(settings), desc="reading", unit=" rows", leave=False):
         counts["rows read"] += 1
         try:
-            with reading(where):
-                texts = read_row(where, row)
+            with reading(where, f"has {', '.join(row) or 'nothing'}; {LAYOUTS}"):
+                texts = read_row(row)
                 form, parts = write_row(settings, tokenizer, *texts)
                 ids = encode_row(settings, tokenizer, form, parts, counts) if tokenizer else None
         except DroppedRow as problem:

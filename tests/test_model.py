@@ -121,23 +121,6 @@ def test_gpt_equals_the_formulas_written_out():
     close(policy(tokens), torch.stack([norm(x, policy.norm.weight) for x in stream]), 1e-6)
 
 
-def test_rotary_angles_by_hand():
-    """Head width 4: pairs (x0, x2) and (x1, x3); at position 3 they turn by 3 · 10000^0 and 3 · 10000^(-1/2)."""
-    x, angle = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]), torch.tensor([[3.0, 0.03]])
-    turned = model.rotate(x, angle.cos(), angle.sin()).flatten().tolist()
-    for first, second, turn in ((0, 2, 3.0), (1, 3, 0.03)):
-        number = complex(first + 1, second + 1) * complex(math.cos(turn), math.sin(turn))
-        assert (turned[first], turned[second]) == pytest.approx((number.real, number.imag), abs=1e-6)
-
-
-def test_hidden_states_depend_on_all_earlier_tokens_and_no_later_one(policy):
-    tokens = torch.randint(0, 97, (40,), generator=torch.Generator().manual_seed(0))
-    for place in (0, 17, 39):
-        changed = tokens.where(torch.arange(40) != place, (tokens + 1) % 97)
-        moved = (policy(changed) - policy(tokens)).abs().amax(-1)
-        assert (moved[:place] < 1e-6).all() and (moved[place:] > 1e-6).all()
-
-
 def test_new_weights_keep_outputs_of_order_1():
     policy = GPT(Config(500, dim=200, layers=8, heads=4, kv_heads=2, mlp=300, context=16, tied=False))
     for name, weight in policy.named_parameters():
@@ -527,26 +510,27 @@ def texts_of(path):
     found = []
     for where, row in read_rows(Settings(data=str(path))):
         with model.reading(where):
-            found.append(tuple(model.write_row(Settings(), None, *read_row(where, row))[1]))
+            found.append(tuple(model.write_row(Settings(), None, *read_row(row))[1]))
     return found
 
 
 def made_by_hand(tokenizer, row, room, max_response):
     """The first rule that drops a row, or else the ids of its three parts; `room` is what a prompt may have of them."""
     prompt, *sides = row.get("prompt", ""), row["chosen"], row["rejected"]
-    texts, (first, turn, second, other) = [prompt, *sides], [True] * 4
+    texts, first, second = [prompt, *sides], prompt, prompt
     if not prompt.strip() or all(side.lstrip().startswith("Human:") for side in sides):
-        (first, turn, chosen), (second, other, rejected) = (side.rpartition(TURN) for side in sides)
-        texts = [first + turn, chosen, rejected]
+        parts = [side.rpartition(TURN) for side in sides]
+        first, second = (head + turn for head, turn, _ in parts)
+        texts = [first, *(part[2] for part in parts)]
     elif all(side.startswith(prompt) for side in sides):
         texts = [prompt, *(side[len(prompt) :] for side in sides)]
     (prompt, *ids), words = map(tokenizer.encode, texts), [text.strip() for text in texts[1:]]
     for broken, rule in (
-        (not all(sides), "empty response"), (not turn or not other, r"no '\n\nAssistant:' turn"),
-        (first != second, "prompts differ between the sides"), (not all(words), "empty response"),
+        (not all(sides), "empty response"), (first != second, "prompts differ between the sides"),
+        (not first, model.NO_PROMPT), (not all(words), "empty response"),
         (words[0] == words[1], "identical responses"),
         (any("\n\nHuman:" in text for text in texts[1:]), "a human's turn inside the response"),
-        (not prompt, "empty prompt"), (not all(ids), "empty response"), (ids[0] == ids[1], "identical responses"),
+        (not prompt, model.NO_PROMPT), (not all(ids), "empty response"), (ids[0] == ids[1], "identical responses"),
         (max(map(len, ids)) + 1 > max_response, f"response over {max_response} tokens"),
     ):
         if broken:
@@ -647,10 +631,11 @@ RIGHT_FILES = [
     (json.dumps(SAME_PAIR, indent=1).encode("utf-16"), [(ASKED, *ANSWERS)] * len(SAME_PAIR)),
     (data_of(".jsonl", {"system": "s", "instruction": "q", "input": "r", "chosen": "a", "rejected": "b"},
              {"prompt": SYSTEM, "chosen": says("q", "c", "r", "a"), "rejected": SYSTEM + says("q", "c", "r", "b")},
+             {"prompt": says("q", "c"), "chosen": SAYS_A, "rejected": SAYS_B},
              {"prompt": "qq", "chosen": "qq a", "rejected": "qq b"},
              {"prompt": "qq", "chosen": "qq a", "rejected": "b"}),
      [("s\n\nHuman: q\n\nr" + TURN, *ANSWERS), (f"s\n\nHuman: q{TURN} c\n\nHuman: r{TURN}", *ANSWERS),
-      ("qq", *ANSWERS), ("qq", "qq a", "b")]),
+      (f"{ASKED} c{TURN}", *ANSWERS), ("qq", *ANSWERS), ("qq", "qq a", "b")]),
     (data_of(".jsonl", TALK, PLAIN, COMPARISON, OTHER), [
         ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", " chosen", " rejected"), TEXTS,
         ("SUBREDDIT: r/tifu\n\nTITLE: So\n\nPOST: I did it.\n\nTL;DR:", " 1", " 0"),
@@ -678,7 +663,6 @@ BAD_FILES = [
     *((".json", data, " row 1: ") for data in [*NO_ROWS, data_of(".json", PLAIN)[:-1]]),
     *((".jsonl", data, ": holds no rows") for data in (b"\n \n", b"[]", gzip.compress(b""))),
     (".jsonl", b"PK\x03\x04", ": a zip archive"), (".jsonl", b"version https://git-lfs\n", ": a Git LFS pointer"),
-    (".json", b'[{"text": "a", "n": 1}]', " row 1: has only text, n; rows need chosen and rejected"),
     *((".jsonl.gz", data, " row 2: ") for data in (ZIPPED[:-1], ZIPPED[:-9] + bytes(9), ZIPPED + b"rubbish")),
     *((".parquet", data, " row 1: ") for data in (TABLE[:-40], TABLE[:-8] + b"\xff\xff\xff\x7fPAR1", BINARY)),
 ]
@@ -725,7 +709,7 @@ DROPPED = {
         TALK | {side: text + "\r\n\r\nHuman: d" for side, text in TALK.items()}, PLAIN | {"chosen": "c\n\nHuman: d"},
         {"chosen": says("q", "a", "r"), "rejected": says("q", "b", "r")}],
     "prompts differ between the sides": [{"chosen": says("q", "a"), "rejected": says("r", "b")}],
-    "empty prompt": [{"chosen": SAYS_A, "rejected": SAYS_B}], "no '\\n\\nAssistant:' turn": [PLAIN | {"prompt": None}],
+    model.NO_PROMPT: [{"chosen": SAYS_A, "rejected": SAYS_B}, {"chosen": "a", "rejected": "b"}],
 }
 
 
@@ -735,6 +719,9 @@ def test_what_makes_no_pair_is_counted_and_an_empty_side_names_the_flag(tmp_path
         with pytest.raises(UserError, match=r"all rows, of .*\bchosen.*, were dropped"):
             read_pairs(settled(data=f"{tmp_path}/rows"), TOY)
         assert f"  dropped: {rule}: {len(rows)}\n" in capsys.readouterr().out
+    (tmp_path / "rows").write_bytes(b'[{"text": "a", "n": 1}]')
+    with pytest.raises(UserError, match="rows row 1: has text, n; rows need chosen and rejected"):
+        read_pairs(settled(data=f"{tmp_path}/rows"), TOY)
 
 
 def test_training_and_test_pairs_share_no_prompt_and_know_their_gold_reward():

@@ -992,7 +992,7 @@ def toy_rows(count: int, seed: int, temperature: float = TOY_TEMPERATURE) -> Ite
 
 
 # ---- Preference pairs and where they come from ----
-# A row's way: read_rows finds it, read_row makes (prompt, chosen, rejected) of it, write_row texts, encode_row token ids.
+# A row's way: read_rows finds it, read_row makes (prompt, chosen, rejected) of it, write_row texts, encode_row ids.
 
 HUMAN = "\n\nHuman:"
 # How a question is put, and messages where the model has no chat template; these are templates too.

@@ -613,14 +613,14 @@ SAYS_A, SAYS_B, SAYS_Q = says("", "a")[1:], says("", "b")[1:], says("q")
 SYSTEM = [{"role": "system", "content": "s"}]
 SAME_PAIR = [  # rows of many data sets that all mean ALIKE
     {"chosen": says("q", "a"), "rejected": says("q", "b")}, {"prompt": SAYS_Q, "chosen": SAYS_A, "rejected": SAYS_B},
-    {"prompt": "q", "chosen": SAYS_A, "rejected": SAYS_B, "conversations": None}, {"prompt": SAYS_Q[0], "chosen": "a", "rejected": SAYS_B[0]},
+    {"prompt": "q", "chosen": SAYS_A, "rejected": SAYS_B}, {"prompt": SAYS_Q[0], "chosen": "a", "rejected": SAYS_B[0]},
     {"prompt": "?", "messages": says("q", "a"), "chosen": says("q", "a"), "rejected": says("q", "b"), "score": 1.0},
     {"prompt": says("q", **SHARED), "chosen": says("q", "a", **SHARED), "rejected": says("q", "b", **SHARED)},
     {"conversations": says("q", **SHARED), "chosen": {"from": "gpt", "value": "a"}, "rejected": "b"},
     {"system": "", "question": "q", "chosen": "a", "rejected": "b"},
     {"instruction": "q", "preferred_output": "a", "non_preferred_output": "b"},
     {"input": "q", "system": None, "chosen_response": "a", "rejected_response": "b"},
-    {"prompt": "q", "system": "", "chosen": "a", "rejected": "b"},
+    {"prompt": "q", "conversations": None, "system": "", "chosen": "a", "rejected": "b"},
     *({"prompt": prompt, "chosen": ASKED + " a", "rejected": ASKED + " b"} for prompt in (None, "", ASKED, "q")),
     {side: text.replace("\n", "\r\n") for side, text in ALIKE.items()},
     {side: (ASKED + text).replace("\n", "\r\n") for side, text in zip(("chosen", "rejected"), ANSWERS, strict=True)},

@@ -617,7 +617,7 @@ SAME_PAIR = [  # rows of many data sets that all mean ALIKE
     {"prompt": "?", "messages": says("q", "a"), "chosen": says("q", "a"), "rejected": says("q", "b"), "score": 1.0},
     {"prompt": says("q", **SHARED), "chosen": says("q", "a", **SHARED), "rejected": says("q", "b", **SHARED)},
     {"conversations": says("q", **SHARED), "chosen": {"from": "gpt", "value": "a"}, "rejected": "b"},
-    {"system": "", "question": "q", "chosen": "a", "rejected": "b"},
+    {"system": "", "question": "q", "input": " ", "chosen": "a", "rejected": "b"},
     {"instruction": "q", "preferred_output": "a", "non_preferred_output": "b"},
     {"input": "q", "system": None, "chosen_response": "a", "rejected_response": "b"},
     {"prompt": "q", "conversations": None, "system": "", "chosen": "a", "rejected": "b"},

@@ -16,13 +16,11 @@ and writes pairs.pt (training pairs), test.pt (held-back pairs) and sft.pt (the 
 import argparse
 import atexit
 import contextlib
-import csv
 import dataclasses
 import fcntl
 import functools
 import gzip
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -710,14 +708,14 @@ class Tokenizer:
         if given["model"]["type"] != "BPE":
             raise ValueError(f"a model of type {given['model']['type']}")
         vocabulary, added = given["model"]["vocab"], given["added_tokens"]
+        self.added = {token["content"]: token["id"] for token in added}  # control tokens and others
         self.special = {token["content"]: token["id"] for token in added if token["special"]}
-        self.added = {token["content"]: token["id"] for token in added}  # those and the others
         self.text, self.template, self.end = text, template, self.special[end]
         self.form, self.words, self.begin = read_steps(given)
         bos = bos or next((name for name in self.special if self.begin[:1] == [self.special[name]]), None)
         self.names = {"eos_token": end} | ({"bos_token": bos} if bos else {})  # as templates know them
         self.state = {"text": text, "end": end, "template": template, "bos": bos}
-        names = {token["content"] for token in added} - BYTES.keys()  # "!" may be a padding token beside
+        names = self.added.keys() - BYTES.keys()  # "!" may be a padding token beside
         spelled = {token: number for token, number in vocabulary.items() if token not in names}
         require_rank_merging(given, spelled)
         self.size = 1 + max(*vocabulary.values(), *self.added.values())
@@ -845,14 +843,14 @@ def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
     """Trains a BPE of at most `size` tokens: merges the most frequent pair of neighbours, again and again (Sennrich et
     al. 2016, arXiv 1508.07909, on bytes as in GPT-2). Pair counts are kept up to date rather than counted anew, so a
     merge touches only the words that hold it."""
-    words = (word for text in texts for word in regex.findall(WORDS, text))
-    frequency = Counter(word for word in words if len(word) <= 100)  # what is longer is no word, and would take minutes
-    words = [[SYMBOLS[byte] for byte in word.encode("utf-8", "replace")] for word in frequency]
-    weights = list(frequency.values())
-    counts, found_in = Counter(), defaultdict(set)
+    found = (word for text in texts for word in regex.findall(WORDS, text))
+    frequency = Counter(word for word in found if len(word) <= 100)  # what is longer is no word, and would take minutes
+    # A word is written as its tokens, each between two spaces, which no symbol is: " a  b  cd ".
+    words = ["".join(f" {SYMBOLS[byte]} " for byte in word.encode("utf-8", "replace")) for word in frequency]
+    weights, counts, found_in = list(frequency.values()), Counter(), defaultdict(set)
 
     def count_pairs(index: int, sign: int) -> None:
-        for pair in itertools.pairwise(words[index]):
+        for pair in itertools.pairwise(words[index].split()):
             counts[pair] += sign * weights[index]
             found_in[pair].add(index)
 
@@ -860,18 +858,13 @@ def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
         count_pairs(index, +1)
     tokens = {SYMBOLS[byte]: byte for byte in range(256)}
     while len(tokens) < size - 1 and counts:
-        pair = max(counts, key=counts.get)
+        first, second = pair = max(counts, key=counts.get)
         if counts[pair] < 2:
             break
-        tokens.setdefault(pair[0] + pair[1], len(tokens))
+        tokens.setdefault(first + second, len(tokens))
         for index in sorted(found_in.pop(pair)):
             count_pairs(index, -1)
-            old, merged, place = words[index], [], 0
-            while place < len(old):
-                both = tuple(old[place : place + 2]) == pair
-                merged.append(old[place] + old[place + 1] if both else old[place])
-                place += 2 if both else 1
-            words[index] = merged
+            words[index] = words[index].replace(f" {first}  {second} ", f" {first}{second} ")
             count_pairs(index, +1)
         del counts[pair]
     return Tokenizer(tokenizer_json(tokens), END_OF_TEXT)
@@ -990,13 +983,20 @@ def toy_rows(count: int, seed: int, temperature: float = TOY_TEMPERATURE) -> Ite
 
 
 # ---- Preference pairs and where they come from ----
+# A row's way: read_rows finds it, read_row makes (prompt, chosen, rejected) of it, write_row texts, encode_row ids.
 
 HUMAN = "\n\nHuman:"
-FORMS = {"dialogue": f"{HUMAN} {{}}{TURN}", "tldr": "POST: {}\n\nTL;DR:", "plain": "{}"}  # of prompts, for a question
-SPOKEN = {"system": "", "user": f"{HUMAN} ", "assistant": f"{TURN} "}  # before a message, without a chat template
+# How a question is put, and messages where the model has no chat template; these are templates too.
+FORMS = {"dialogue": """{% for said in messages %}
+{{ {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}[said.role] + said.content }}
+{%- endfor %}{{ "\n\nAssistant:" if add_generation_prompt }}""",
+         "tldr": "POST: {{ messages[0].content }}\n\nTL;DR:", "plain": "{{ messages[0].content }}"}
 ROLES = {"human": "user", "gpt": "assistant"}  # other names of them
-CHOSEN = "chosen", "chosen_response", "preferred_output", "response_j"  # names of the column in various data sets
-REJECTED = "rejected", "rejected_response", "non_preferred_output", "response_k"
+COLUMNS = {"conversations": "prompt", "chosen_response": "chosen", "rejected_response": "rejected",
+           "preferred_output": "chosen", "non_preferred_output": "rejected",
+           "response_j": "chosen", "response_k": "rejected"}  # other names of them
+LINES = re.compile(r"\r?\n\r?\n(Human|Assistant):")  # a turn, however lines end
+NO_PROMPT = f"no prompt, nor a transcript with {TURN!r}"
 LAYOUTS = "rows need chosen and rejected (texts or messages), and a prompt beside them or at their head; or are TL;DR's"
 HUB = {  # short names: repository, which argument of load_dataset a part of it is, its other arguments
     "hh": ("Anthropic/hh-rlhf", "data_dir", {}),
@@ -1004,8 +1004,8 @@ HUB = {  # short names: repository, which argument of load_dataset a part of it 
     "tldr": ("openai/summarize_from_feedback", "name",
              {"revision": "refs/convert/parquet", "data_files": {"train": "comparisons/train/*.parquet"}}),
 }
-FILES = "read are JSON Lines, JSON, parquet and csv, gzipped or not"
-ENDINGS = ".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".gz"  # of a folder's files; a file may have any
+FILES = "read are JSON Lines, JSON and parquet, gzipped or not"
+ENDINGS = ".jsonl", ".ndjson", ".json", ".parquet", ".gz"  # of a folder's files; a file may have any
 ABOUT = re.compile(r"(dataset_infos?|dataset_dict|state|metadata|config)\.json")  # tell about a folder's data
 
 
@@ -1096,15 +1096,14 @@ def file_rows(path: Path) -> Iterator[tuple[str, dict]]:
         found = "holds only " + ", ".join(file.name for file in found[:5]) if found else "no file, or a folder without"
         raise UserError(f"--data {path}: {found}; {FILES}; or name toy, hh, tldr or the hub's owner/name")
     for file in files:
-        number, rows = 0, parse_rows(file)
-        while True:
-            with reading(f"{file} row {number + 1}", f"damaged, or of another kind; {FILES}"):
-                row = next(rows, rows)  # at the end, rows itself: a row may be null
-            if row is rows:
+        rows = parse_rows(file)
+        for number in itertools.count(1):
+            with reading(f"{file} row {number}", f"damaged, or of another kind; {FILES}"):
+                row = next(rows, None)
+            if row is None:
                 break
-            number += 1
             yield f"{file} row {number}", row
-        if not number:
+        if number == 1:
             raise UserError(f"{file}: holds no rows")
 
 
@@ -1121,11 +1120,6 @@ def parse_rows(path: Path) -> Iterator[dict]:
         if start == b"PK\3\4":
             raise UserError(f"{path}: a zip archive, to be unpacked; {FILES}")
         lines = gzip.GzipFile(fileobj=file) if start.startswith(b"\x1f\x8b") else file
-        if lines.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            lines = io.BytesIO(lines.read().decode("utf-16").encode())
-        if ".csv" in path.suffixes:
-            yield from csv.DictReader(io.TextIOWrapper(lines, "utf-8-sig", newline=""))
-            return
         documents = (json.loads(line) for line in lines if line.strip())
         try:
             documents = itertools.chain([*itertools.islice(documents, 1)], documents)
@@ -1133,35 +1127,45 @@ def parse_rows(path: Path) -> Iterator[dict]:
             lines.seek(0)
             documents = [json.loads(lines.read())]
         for document in documents:  # a row, a list of rows, or an object around one
-            if isinstance(document, dict) and not {"summaries", *CHOSEN} & document.keys():
-                lists = [value for value in document.values()
-                         if isinstance(value, list) and value and isinstance(value[0], dict)]
+            if isinstance(document, dict) and not {"summaries", "chosen", *COLUMNS} & document.keys():
+                lists = [value for value in document.values() if isinstance(value, list) and value]
                 document = lists[0] if len(lists) == 1 else document
-            yield from document if isinstance(document, list) else [document]
+            yield from map(dict, document if isinstance(document, list) else [document])  # which fails at other things
 
 
-def row_texts(where: str, row: dict) -> tuple[str | list[dict], str, str]:
-    """(prompt, chosen, rejected) of a row, the prompt as the text that it is, or as a list of messages. Raises
-    UserError at a row of no known layout, DroppedRow at one that makes no pair."""
-    if "summaries" in row:  # the prompt is worded as in Stiennon et al. 2020; a summary begins with a space
-        post, texts, choice = row["info"], [summary["text"] for summary in row["summaries"]], row["choice"]
-        prompt = f"SUBREDDIT: r/{post['subreddit']}\n\nTITLE: {post['title']}\n\nPOST: {post['post'] or ''}\n\nTL;DR:"
-        row = {"prompt": prompt, "chosen": texts[choice], "rejected": texts[1 - choice]}
-    chosen, rejected = ([row[name] for name in names if name in row] for names in (CHOSEN, REJECTED))
-    if not chosen or not rejected:
-        raise UserError(f"{where}: has only {', '.join(map(str, row)) or 'nothing'}; {LAYOUTS}")
-    if not chosen[0] or not rejected[0]:  # a null is an absent value
+def name_columns(row: dict) -> dict:
+    """A row whose columns have the names that most data sets give them; TL;DR's is worded as in Stiennon et al. 2020. A
+    null is an absent value."""
+    row = {name: LINES.sub(r"\n\n\1:", value) if isinstance(value, str) else value for name, value in row.items()}
+    if "summaries" in row:
+        post, texts = row["info"], [summary["text"] for summary in row["summaries"]]  # which begin with a space
+        about = f"SUBREDDIT: r/{post['subreddit']}\n\nTITLE: {post['title']}\n\nPOST: {post['post'] or ''}\n\nTL;DR:"
+        row |= {"prompt": about, "chosen": texts[row["choice"]], "rejected": texts[1 - row["choice"]]}
+    for other, name in COLUMNS.items():
+        if other in row:
+            row[name] = row.get(name) or row[other]
+    asked = [row[name] for name in ("question", "instruction", "input") if (row.get(name) or "").strip()]
+    return row | {"prompt": row.get("prompt") or list_messages("\n\n".join(asked), "user")}
+
+
+def read_row(row: dict) -> tuple[str | list[dict], str, str]:
+    """(prompt, chosen, rejected) of a row, the prompt a text or a list of messages. Raises KeyError and the like at a
+    row of no known layout, DroppedRow at one that makes no pair."""
+    row = name_columns(row)
+    prompt, *sides = row["prompt"], row["chosen"], row["rejected"]
+    if not all(sides):
         raise DroppedRow("empty response")
-    question = "\n\n".join(row[name] for name in ("question", "instruction", "input") if row.get(name))
-    parts = row.get("prompt") or row.get("conversations") or question, chosen[0], rejected[0]
-    before = list_messages(row.get("system"), "system") + list_messages(parts[0], "user")
-    if all(isinstance(part, str) for part in parts):
-        prompt, *sides = (re.sub(r"\r?\n\r?\n(Human|Assistant):", r"\n\n\1:", part) for part in parts)
-        transcripts = not prompt.strip() or all(side.lstrip().startswith("Human:") for side in sides)
-        if transcripts or ("system" not in row and row.get("prompt")):
-            before, parts = "" if transcripts else prompt, (prompt, *sides)
-    again = all(isinstance(part, str) and part.startswith(parts[0]) for part in parts)
-    (prompt, chosen), (other, rejected) = (split_side(before, side, again) for side in parts[1:])
+    texts = all(isinstance(side, str) for side in sides)
+    if texts and (not prompt or str(prompt).isspace() or all(side.lstrip().startswith("Human:") for side in sides)):
+        # Transcripts, whose prompt goes to the last turn; without one it is empty.
+        halves = [re.fullmatch(f"(.*{TURN})?(.*)", side, re.DOTALL).groups("") for side in sides]
+    elif texts and isinstance(prompt, str) and "system" not in row:
+        again = all(side.startswith(prompt) for side in sides)
+        halves = [(prompt, side.removeprefix(prompt) if again else side) for side in sides]
+    else:
+        before = list_messages(row.get("system"), "system") + list_messages(prompt, "user")
+        halves = [split_messages(before, side) for side in sides]
+    (prompt, chosen), (other, rejected) = halves
     if prompt != other:
         raise DroppedRow("prompts differ between the sides")
     require_parts(prompt, chosen.strip(), rejected.strip())
@@ -1173,31 +1177,30 @@ def row_texts(where: str, row: dict) -> tuple[str | list[dict], str, str]:
 def require_parts(prompt, chosen, rejected) -> None:
     """Raises DroppedRow at an empty part or twice the same response: of the texts, and of what a tokenizer keeps."""
     if not prompt or not chosen or not rejected:
-        raise DroppedRow("empty response" if prompt else "empty prompt")
+        raise DroppedRow("empty response" if prompt else NO_PROMPT)
     if chosen == rejected:
         raise DroppedRow("identical responses")
 
 
-def split_side(before: str | list[dict], side, again: bool) -> tuple[str | list[dict], str]:
-    """(prompt, response) of one side of a row. A text follows the text `before`, which it may hold `again`, or is a
-    transcript, whose prompt ends at the last turn. Messages follow those `before`, or are the whole conversation,
-    beside which only a system message counts; the last one is the response."""
-    if isinstance(before, str):
-        head, turn, response = side.rpartition(TURN)
-        if not before and not turn:
-            raise DroppedRow(f"no {TURN!r} turn")
-        return (before, side.removeprefix(before if again else "")) if before else (head + turn, response)
-    messages, system = list_messages(side, "assistant"), [said for said in before if said["role"] == "system"]
-    (*prompt, last) = {"assistant": before, "system": []}.get(messages[0]["role"], system) + messages
+def split_messages(before: list[dict], side) -> tuple[list[dict], str]:
+    """(prompt, response) of one side of a row: messages that follow those `before`, or a whole conversation, beside
+    which only a system message counts. The last one is the response."""
+    messages = list_messages(side, "assistant")
+    if messages[0]["role"] != "assistant":
+        own = messages[0]["role"] == "system"
+        before = [message for message in before if message["role"] == "system" and not own]
+    *prompt, last = before + messages
     if last["role"] != "assistant" or not prompt:
-        raise DroppedRow("a human's turn inside the response" if prompt else "empty prompt")
+        raise DroppedRow("a human's turn inside the response" if prompt else NO_PROMPT)
     return prompt, last["content"]
 
 
 def list_messages(given, role: str) -> list[dict[str, str]]:
     """A text, which `role` says, a message or a list of messages, as a list of {"role", "content"}."""
-    given, messages = [{"role": role, "content": given}] if given and isinstance(given, str) else given or [], []
-    for message in [given] if isinstance(given, dict) else given:
+    if isinstance(given, str):
+        given = given and {"role": role, "content": given}
+    messages = []
+    for message in [given] if isinstance(given, dict) else given or []:
         said = (message.get("role") or message["from"]).lower()
         content = (message["content"] if "content" in message else message["value"]) or ""
         content = content if isinstance(content, str) else "".join(part["text"] for part in content)
@@ -1220,52 +1223,56 @@ def chat_template(text: str):
     return jinja.from_string(text)
 
 
-def write_out(tokenizer: Tokenizer, messages: list[dict], shielded: bool = True) -> str:
-    """Messages by the model's chat template, to where an answer begins if the last is none. Control tokens are the
-    template's own, for which no text is taken that is `shielded`."""
-    if shielded:
-        messages = [message | {"content": tokenizer.shield(message["content"])} for message in messages]
-    answering = messages[-1]["role"] != "assistant"
-    chat = chat_template(tokenizer.template)
-    return chat.render(messages=messages, add_generation_prompt=answering, **tokenizer.names)
+def write_out(tokenizer: Tokenizer | None, form: str, messages: list[dict], answered: bool) -> str:
+    """Messages as a text of that form, to where an answer begins unless they are `answered`. A name of a control token
+    that is not shielded in it is that token."""
+    template = chat_template(FORMS.get(form) or tokenizer.template)
+    names = tokenizer.names if tokenizer else {}
+    return template.render(messages=messages, add_generation_prompt=not answered, **names)
 
 
-def in_form(settings: "Settings", tokenizer: Tokenizer | None, prompt, *sides: str) -> tuple[str, list[str]]:
-    """(form, [prompt, chosen, rejected]) of what row_texts returned: messages become text, by the model's chat template
-    or, without one, as a dialogue like those of HH."""
-    template, shielded = tokenizer and tokenizer.template, settings.control_tokens == "text"
+def write_row(settings: "Settings", tokenizer: Tokenizer | None, prompt, *sides: str) -> tuple[str, list[str]]:
+    """(form, [prompt, chosen, rejected] as texts) of what read_row returned. What people wrote is shielded, or else its
+    names of control tokens are control tokens, as those are that a chat template sets."""
+    shield = tokenizer.shield if tokenizer and settings.control_tokens == "text" else str  # str() changes no text
+    sides = [shield(side) for side in sides]
     if isinstance(prompt, str):
         form = "dialogue" if prompt.endswith(TURN) else "tldr" if prompt.endswith("TL;DR:") else "plain"
-        applied = template and not shielded and tokenizer.control.search(prompt)
-        return "template" if applied else form, [prompt, *sides]
-    if not template:
-        said = [SPOKEN[message["role"]] + message["content"] for message in prompt]
-        return "dialogue", ["".join(said) + TURN, *(" " + side for side in sides)]
-    written = write_out(tokenizer, prompt, shielded)
-    parts = [write_out(tokenizer, [*prompt, {"role": "assistant", "content": side}], shielded) for side in sides]
-    if not all(part.startswith(written) for part in parts):
-        raise DroppedRow("the chat template writes the prompt otherwise where an answer follows")
-    return "template", [written, *(part.removeprefix(written) for part in parts)]
+        prompt = shield(prompt)
+        if tokenizer and tokenizer.template and tokenizer.control.search(prompt):
+            form = "template"  # which was applied before
+        return form, [prompt, *sides]
+    form = "template" if tokenizer and tokenizer.template else "dialogue"
+    messages = [message | {"content": shield(message["content"])} for message in prompt]
+    parts = [write_out(tokenizer, form, messages, answered=False)]
+    for side in sides:
+        whole = write_out(tokenizer, form, [*messages, {"role": "assistant", "content": side}], answered=True)
+        if not whole.startswith(parts[0]):
+            raise DroppedRow("the chat template writes the prompt otherwise where an answer follows")
+        parts.append(whole.removeprefix(parts[0]))
+    return form, parts
+
+
+def encode_prompt(tokenizer: Tokenizer, form: str, text: str) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt: those that open it, which a chat template writes itself, if it has any; and the others."""
+    ids, begin = tokenizer.encode(text, control=True), tokenizer.begin
+    if ids[: len(begin)] == begin:
+        return begin, ids[len(begin) :]
+    return [] if form == "template" else begin, ids
 
 
 def encode_row(settings: "Settings", tokenizer: Tokenizer, form: str, parts: list[str], counts: Counter) -> list:
     """Token ids of [prompt, chosen, rejected], tokenised apart. A prompt longer than context − max_response loses its
     beginning, since its end is the question. Raises DroppedRow at what makes no pair: a response over max_response with
     its end token, cut, would teach the model to stop in mid-sentence."""
-    control, begin = form == "template" or settings.control_tokens == "tokens", tokenizer.begin
-    if control:  # an end token that is there is not set twice, nor is what opens a prompt
-        end = re.escape(tokenizer.names["eos_token"]) + r"\s*\Z"
-        parts = [parts[0], *(re.sub(end, "", part) for part in parts[1:])]
-    prompt, *responses = (tokenizer.encode(part, control) for part in parts)
+    begin, prompt = encode_prompt(tokenizer, form, parts[0])
+    end = re.escape(tokenizer.names["eos_token"]) + r"\s*\Z"  # where the text has one, it is not set twice
+    responses = [tokenizer.encode(re.sub(end, "", part), control=True) for part in parts[1:]]
     require_parts(prompt, *responses)
     if any(tokenizer.end in response for response in responses):
         raise DroppedRow("an end token inside the response")
     if max(map(len, responses)) >= settings.max_response:
         raise DroppedRow(f"response over {settings.max_response} tokens")
-    if prompt[: len(begin)] == begin:
-        prompt = prompt[len(begin) :]
-    elif form == "template":
-        begin = []
     room = settings.context - settings.max_response - len(begin)
     counts["kept: prompt cut at its beginning"] += len(prompt) > room
     parts = begin + prompt[-room:], *([*response, tokenizer.end] for response in responses)
@@ -1279,9 +1286,9 @@ def read_examples(settings: "Settings", counts: Counter, tokenizer: Tokenizer | 
     for where, row in tqdm(read_rows(settings), desc="reading", unit=" rows", leave=False):
         counts["rows read"] += 1
         try:
-            with reading(where):
-                texts = row_texts(where, row)
-                form, parts = in_form(settings, tokenizer, *texts)
+            with reading(where, f"has {', '.join(row) or 'nothing'}; {LAYOUTS}"):
+                texts = read_row(row)
+                form, parts = write_row(settings, tokenizer, *texts)
                 ids = encode_row(settings, tokenizer, form, parts, counts) if tokenizer else None
         except DroppedRow as problem:
             counts[f"dropped: {problem}"] += 1
@@ -1302,37 +1309,37 @@ def read_pairs(settings: "Settings", tokenizer: Tokenizer | None = None) -> tupl
         tokenizer = train_tokenizer(itertools.chain.from_iterable(training_texts), size)
     if settings.context - settings.max_response <= len(tokenizer.begin):
         raise UserError(f"--max-response {settings.max_response} leaves no room in --context {settings.context}")
-    counts, forms = Counter({"rows read": 0}), Counter()
-    golds, parts = ([], []), ([], [])  # of training and test pairs
-    for side, form, texts, ids in read_examples(settings, counts, tokenizer):
-        parts[side].extend(ids)
-        golds[side].append([gold_reward(texts[0], text) for text in texts[1:]] if settings.data == "toy" else [])
+    counts, forms, parts, golds, held_back = Counter({"rows read": 0}), Counter(), [], [], []
+    for held, form, texts, ids in read_examples(settings, counts, tokenizer):
+        parts += ids
+        golds.append([gold_reward(texts[0], text) for text in texts[1:]] if settings.data == "toy" else [])
+        held_back.append(held)
         forms[form] += 1
-    sides = []
-    for some, gold in zip(parts, golds, strict=True):
-        tokens = torch.cat([torch.empty(0, dtype=torch.int32), *some])
-        lengths = torch.tensor([len(part) for part in some], dtype=torch.long).view(-1, 3)
-        gold = torch.tensor(gold) if settings.data == "toy" else None
-        form = max(forms, key=forms.get, default="plain")
-        sides.append(Pairs(tokens, lengths, tokenizer, settings.data, gold=gold, form=form))
-    print(f"{len(sides[0])} training pairs, {len(sides[1])} test pairs, {tokenizer.size} tokens")
+    tokens = torch.cat([torch.empty(0, dtype=torch.int32), *parts])
+    lengths = torch.tensor([len(part) for part in parts], dtype=torch.long).view(-1, 3)
+    gold = torch.tensor(golds) if settings.data == "toy" else None
+    form = max(forms, key=forms.get, default="plain")
+    pairs = Pairs(tokens, lengths, tokenizer, settings.data, gold=gold, form=form)
+    train, test = (pairs.select((torch.tensor(held_back) == side).nonzero().flatten()) for side in (False, True))
+    print(f"{len(train)} training pairs, {len(test)} test pairs, {tokenizer.size} tokens")
     for what, times in (+counts).items():  # + leaves out those that are 0
         print(f"  {what}: {times}")
-    for side, use in zip(sides, ("train on; lower", "test on; raise"), strict=True):
+    if not forms:
+        _, row = next(read_rows(settings))
+        raise UserError(f"--data {settings.data}: all rows, of {', '.join(row)}, were dropped as counted; {LAYOUTS}")
+    for side, use in ((train, "train on; lower"), (test, "test on; raise")):
         if not len(side):
-            _, row = next(read_rows(settings))
-            raise UserError(f"--data {settings.data}: no pairs left to " + (
-                f"{use} --test-share, or read more rows (--limit)" if forms else
-                f"{use.split(';')[0]}: all rows, of {', '.join(row)}, were dropped as counted; {LAYOUTS}"))
-    return tuple(sides)
+            raise UserError(f"--data {settings.data}: no pairs left to {use} --test-share, or read more rows (--limit)")
+    return train, test
 
 
 def ask_in_form(tokenizer: Tokenizer, form: str, question: str) -> Tensor:
     """Token ids [L] of a prompt that asks `question` in the form that a pairs file has, unless it ends as one."""
-    if form == "template":
-        return torch.tensor(tokenizer.encode(write_out(tokenizer, list_messages(question, "user")), control=True))
-    text = question if question.endswith((TURN, "TL;DR:")) else FORMS[form].format(question)
-    return torch.tensor(tokenizer.begin + tokenizer.encode(text))
+    text = tokenizer.shield(question)
+    if form == "template" or not question.endswith((TURN, "TL;DR:")):
+        text = write_out(tokenizer, form, [{"role": "user", "content": text}], answered=False)
+    begin, ids = encode_prompt(tokenizer, form, text)
+    return torch.tensor(begin + ids)
 
 
 # ---- Files ----

@@ -30,7 +30,7 @@ import model
 from model import (
     END_OF_TEXT, GPT, TOY_BEST_REWARD, TOY_SLIPS, TURN, CommonSettings, Config, Pairs, Settings, Tokenizer, Training,
     UserError, attend, batch_indices, flag, generate, gold_reward, lay_out, load_model, load_pairs, pack, read_log,
-    read_pairs, read_rows, row_texts, sample, save_model, settle, toy_rows, train_tokenizer, visibility,
+    read_pairs, read_rows, read_row, sample, save_model, settle, toy_rows, train_tokenizer, visibility,
 )
 
 BYTES = train_tokenizer([], 257)  # no merges: a token is a byte, and 256 is the end
@@ -119,23 +119,6 @@ def test_gpt_equals_the_formulas_written_out():
             gate, up = (block.gate_up.weight @ norm(x, block.mlp_norm.weight)).chunk(2)
             stream[place] = x + block.down.weight @ (gate / (1 + (-gate).exp()) * up)
     close(policy(tokens), torch.stack([norm(x, policy.norm.weight) for x in stream]), 1e-6)
-
-
-def test_rotary_angles_by_hand():
-    """Head width 4: pairs (x0, x2) and (x1, x3); at position 3 they turn by 3 · 10000^0 and 3 · 10000^(-1/2)."""
-    x, angle = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]), torch.tensor([[3.0, 0.03]])
-    turned = model.rotate(x, angle.cos(), angle.sin()).flatten().tolist()
-    for first, second, turn in ((0, 2, 3.0), (1, 3, 0.03)):
-        number = complex(first + 1, second + 1) * complex(math.cos(turn), math.sin(turn))
-        assert (turned[first], turned[second]) == pytest.approx((number.real, number.imag), abs=1e-6)
-
-
-def test_hidden_states_depend_on_all_earlier_tokens_and_no_later_one(policy):
-    tokens = torch.randint(0, 97, (40,), generator=torch.Generator().manual_seed(0))
-    for place in (0, 17, 39):
-        changed = tokens.where(torch.arange(40) != place, (tokens + 1) % 97)
-        moved = (policy(changed) - policy(tokens)).abs().amax(-1)
-        assert (moved[:place] < 1e-6).all() and (moved[place:] > 1e-6).all()
 
 
 def test_new_weights_keep_outputs_of_order_1():
@@ -527,26 +510,27 @@ def texts_of(path):
     found = []
     for where, row in read_rows(Settings(data=str(path))):
         with model.reading(where):
-            found.append(tuple(model.in_form(Settings(), None, *row_texts(where, row))[1]))
+            found.append(tuple(model.write_row(Settings(), None, *read_row(row))[1]))
     return found
 
 
 def made_by_hand(tokenizer, row, room, max_response):
     """The first rule that drops a row, or else the ids of its three parts; `room` is what a prompt may have of them."""
     prompt, *sides = row.get("prompt", ""), row["chosen"], row["rejected"]
-    texts, (first, turn, second, other) = [prompt, *sides], [True] * 4
+    texts, first, second = [prompt, *sides], prompt, prompt
     if not prompt.strip() or all(side.lstrip().startswith("Human:") for side in sides):
-        (first, turn, chosen), (second, other, rejected) = (side.rpartition(TURN) for side in sides)
-        texts = [first + turn, chosen, rejected]
+        parts = [side.rpartition(TURN) for side in sides]
+        first, second = (head + turn for head, turn, _ in parts)
+        texts = [first, *(part[2] for part in parts)]
     elif all(side.startswith(prompt) for side in sides):
         texts = [prompt, *(side[len(prompt) :] for side in sides)]
     (prompt, *ids), words = map(tokenizer.encode, texts), [text.strip() for text in texts[1:]]
     for broken, rule in (
-        (not all(sides), "empty response"), (not turn or not other, r"no '\n\nAssistant:' turn"),
-        (first != second, "prompts differ between the sides"), (not all(words), "empty response"),
+        (not all(sides), "empty response"), (first != second, "prompts differ between the sides"),
+        (not first, model.NO_PROMPT), (not all(words), "empty response"),
         (words[0] == words[1], "identical responses"),
         (any("\n\nHuman:" in text for text in texts[1:]), "a human's turn inside the response"),
-        (not prompt, "empty prompt"), (not all(ids), "empty response"), (ids[0] == ids[1], "identical responses"),
+        (not prompt, model.NO_PROMPT), (not all(ids), "empty response"), (ids[0] == ids[1], "identical responses"),
         (max(map(len, ids)) + 1 > max_response, f"response over {max_response} tokens"),
     ):
         if broken:
@@ -633,10 +617,10 @@ SAME_PAIR = [  # rows of many data sets that all mean ALIKE
     {"prompt": "?", "messages": says("q", "a"), "chosen": says("q", "a"), "rejected": says("q", "b"), "score": 1.0},
     {"prompt": says("q", **SHARED), "chosen": says("q", "a", **SHARED), "rejected": says("q", "b", **SHARED)},
     {"conversations": says("q", **SHARED), "chosen": {"from": "gpt", "value": "a"}, "rejected": "b"},
-    {"system": "", "question": "q", "chosen": "a", "rejected": "b"},
+    {"system": "", "question": "q", "input": " ", "chosen": "a", "rejected": "b"},
     {"instruction": "q", "preferred_output": "a", "non_preferred_output": "b"},
     {"input": "q", "system": None, "chosen_response": "a", "rejected_response": "b"},
-    {"prompt": "q", "system": "", "chosen": "a", "rejected": "b"},
+    {"prompt": "q", "conversations": None, "system": "", "chosen": "a", "rejected": "b"},
     *({"prompt": prompt, "chosen": ASKED + " a", "rejected": ASKED + " b"} for prompt in (None, "", ASKED, "q")),
     {side: text.replace("\n", "\r\n") for side, text in ALIKE.items()},
     {side: (ASKED + text).replace("\n", "\r\n") for side, text in zip(("chosen", "rejected"), ANSWERS, strict=True)},
@@ -647,10 +631,11 @@ RIGHT_FILES = [
     (json.dumps(SAME_PAIR, indent=1).encode("utf-16"), [(ASKED, *ANSWERS)] * len(SAME_PAIR)),
     (data_of(".jsonl", {"system": "s", "instruction": "q", "input": "r", "chosen": "a", "rejected": "b"},
              {"prompt": SYSTEM, "chosen": says("q", "c", "r", "a"), "rejected": SYSTEM + says("q", "c", "r", "b")},
+             {"prompt": says("q", "c"), "chosen": SAYS_A, "rejected": SAYS_B},
              {"prompt": "qq", "chosen": "qq a", "rejected": "qq b"},
              {"prompt": "qq", "chosen": "qq a", "rejected": "b"}),
      [("s\n\nHuman: q\n\nr" + TURN, *ANSWERS), (f"s\n\nHuman: q{TURN} c\n\nHuman: r{TURN}", *ANSWERS),
-      ("qq", *ANSWERS), ("qq", "qq a", "b")]),
+      (f"{ASKED} c{TURN}", *ANSWERS), ("qq", *ANSWERS), ("qq", "qq a", "b")]),
     (data_of(".jsonl", TALK, PLAIN, COMPARISON, OTHER), [
         ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", " chosen", " rejected"), TEXTS,
         ("SUBREDDIT: r/tifu\n\nTITLE: So\n\nPOST: I did it.\n\nTL;DR:", " 1", " 0"),
@@ -662,7 +647,7 @@ RIGHT_FILES = [
     (BARE[:-1] + rb', "prompt": "\ud83d\ude42 \udfff\u0061"}', [("🙂 \udfffa", *TEXTS[1:])]),
     *((data_of(".jsonl", PLAIN | {"prompt": text}), [(text, *TEXTS[1:])]) for text in ("a\u2028b\x85c", "ab" * 10**6)),
 ]
-RUBBISH = [b"\x00" * 100, b"\x1f\x8b", b"PAR1", b"PAR1PAR1", b"\xff\xfe\x00", b"{", b"nonsense"]
+RUBBISH = [b"\x00" * 100, b"\x1f\x8b", b"PAR1", b"PAR1PAR1", b"\xff\xfe\x00", b"{", b"prompt,chosen,rejected\na,b,c"]
 NO_ROWS = [b"[" * 100_000, b"9" * 5000, b"3", b"NaN", b"null", b"[3]", b'"prompt"', b"[null]", b"[[]]", b"[{}]", b"[["]
 BAD_LINES = [b'{"chosen": "a", "rejected": "\xff"}', b'{"chosen": "a\x01", "rejected": "b"}', b"{'prompt': 'a'}",
              b'{"prompt": "a", }', GOOD[:-9], GOOD[1:], BARE.decode().encode("utf-16")]
@@ -676,9 +661,8 @@ BAD_FILES = [
     *((".jsonl", GOOD + data + b"\n" + GOOD, " row 2: ") for data in RUBBISH + NO_ROWS + BAD_LINES),
     *((".jsonl", data_of(".jsonl", PLAIN, row, PLAIN), " row 2: ") for row in BAD_ROWS),
     *((".json", data, " row 1: ") for data in [*NO_ROWS, data_of(".json", PLAIN)[:-1]]),
-    *((".jsonl", data, ": holds no rows") for data in (b"\n \n", b"[]", gzip.compress(b""), b"\xff\xfe")),
+    *((".jsonl", data, ": holds no rows") for data in (b"\n \n", b"[]", gzip.compress(b""))),
     (".jsonl", b"PK\x03\x04", ": a zip archive"), (".jsonl", b"version https://git-lfs\n", ": a Git LFS pointer"),
-    (".json", b'[{"text": "a", "n": 1}]', " row 1: has only text, n; rows need chosen and rejected"),
     *((".jsonl.gz", data, " row 2: ") for data in (ZIPPED[:-1], ZIPPED[:-9] + bytes(9), ZIPPED + b"rubbish")),
     *((".parquet", data, " row 1: ") for data in (TABLE[:-40], TABLE[:-8] + b"\xff\xff\xff\x7fPAR1", BINARY)),
 ]
@@ -725,7 +709,7 @@ DROPPED = {
         TALK | {side: text + "\r\n\r\nHuman: d" for side, text in TALK.items()}, PLAIN | {"chosen": "c\n\nHuman: d"},
         {"chosen": says("q", "a", "r"), "rejected": says("q", "b", "r")}],
     "prompts differ between the sides": [{"chosen": says("q", "a"), "rejected": says("r", "b")}],
-    "empty prompt": [{"chosen": SAYS_A, "rejected": SAYS_B}], "no '\\n\\nAssistant:' turn": [PLAIN | {"prompt": None}],
+    model.NO_PROMPT: [{"chosen": SAYS_A, "rejected": SAYS_B}, {"chosen": "a", "rejected": "b"}],
 }
 
 
@@ -735,6 +719,9 @@ def test_what_makes_no_pair_is_counted_and_an_empty_side_names_the_flag(tmp_path
         with pytest.raises(UserError, match=r"all rows, of .*\bchosen.*, were dropped"):
             read_pairs(settled(data=f"{tmp_path}/rows"), TOY)
         assert f"  dropped: {rule}: {len(rows)}\n" in capsys.readouterr().out
+    (tmp_path / "rows").write_bytes(b'[{"text": "a", "n": 1}]')
+    with pytest.raises(UserError, match="rows row 1: has text, n; rows need chosen and rejected"):
+        read_pairs(settled(data=f"{tmp_path}/rows"), TOY)
 
 
 def test_training_and_test_pairs_share_no_prompt_and_know_their_gold_reward():

@@ -185,7 +185,7 @@ def test_message_lists_get_the_ids_of_chat_templates_in_transformers(kind, end, 
         settings = model.Settings(context=10**6, max_response=10**5, control_tokens=control)
         said = [{"role": "assistant", "content": answer} for answer in answers]
         row = {"prompt": prompt, "chosen": [said[0]], "rejected": [*prompt, said[1]]}
-        form, parts = model.in_form(settings, ours, *(parts or model.row_texts("row", row)))
+        form, parts = model.write_row(settings, ours, *(parts or model.read_row(row)))
         assert form == "template"
         return [ids.tolist() for ids in model.encode_row(settings, ours, form, parts, counts)]
 

@@ -5,9 +5,8 @@ model and without sampling. What stands in for a reward is how much likelier a r
 
     r(x, y) = β (log π(y|x) − log π_ref(y|x)),
 
-and the loss is Bradley-Terry on it, L_DPO = − mean log σ(r(chosen) − r(rejected)). It trusts every label, which is why
-it gets the easy pairs here. The reference is the policy before its first step, unless --reference names another: its
-log-probs are computed in one pass at the start, and while the policy trains no second model exists.
+and the loss is Bradley-Terry on it, L_DPO = − mean log σ(r(chosen) − r(rejected)). It trusts every label, so it gets
+the easy pairs here. The reference's log-probs are computed in one pass at the start: no second model trains beside.
 
     python dpo.py                                     # easy.pt → dpo.pt
     python dpo.py --data pairs.pt --save dpo_all.pt   # the baseline: DPO on all pairs
@@ -15,6 +14,7 @@ log-probs are computed in one pass at the start, and while the policy trains no 
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -48,8 +48,7 @@ class Settings(TrainingSettings):
         super().__post_init__()
         for name in ("label_smoothing", "self_weight"):
             if self.loss != "sigmoid" and getattr(self, name):
-                shown = name.replace("_", "-")
-                raise UserError(f"--{shown}: --loss {self.loss} has none; leave it out, or take --loss sigmoid")
+                raise UserError(f"--{name.replace('_', '-')}: --loss {self.loss} has none; take --loss sigmoid")
 
 
 def dpo_loss(
@@ -65,9 +64,8 @@ def dpo_loss(
     response's tokens where the equation has sums, as its authors later advised;
     linear: −β m, IRFT of Li et al. 2024 (arXiv 2405.17888), on labelled responses and the policy's own answers. On such
     pairs "sigmoid" is SPIN, Chen et al. 2024 (arXiv 2401.01335), equation 4.7, of which "linear" is the case ℓ(t) = −t.
-    With z = β m, `self_weight` w adds w H(σ(z)) to "sigmoid": the loss to expect where the policy draws the label, with
-    σ(z) for the chosen side; H(σ(z)) = softplus(z) − z σ(z), the binary entropy. SAIL-DP of Ding et al. 2024 (arXiv
-    2406.15567).
+    With z = β m, `self_weight` w adds w H(σ(z)) to "sigmoid", the loss to expect where the policy draws the label, with
+    H(σ(z)) = softplus(z) − z σ(z), the binary entropy: SAIL-DP of Ding et al. 2024 (arXiv 2406.15567).
     """
     margin = chosen_logratios - rejected_logratios
     z = beta * margin
@@ -87,6 +85,15 @@ def pair_logprobs(policy: GPT, batch: Packed, mean: bool) -> Tensor:
     return (sums / lengths).view(-1, 2)
 
 
+@torch.no_grad()
+def all_logprobs(settings: Settings, policy: GPT, documents: list, device: torch.device) -> Tensor:
+    """pair_logprobs of all these documents, without gradients: [n, 2]."""
+    logprobs = torch.zeros(len(documents), 2, device=device)
+    for batch in pack(documents, device, settings.pass_tokens):
+        logprobs[batch.members] = pair_logprobs(policy, batch, settings.loss == "ipo")
+    return summed(logprobs)
+
+
 def main() -> None:
     """Trains the policy on preference pairs by DPO."""
     # 1. Settings, pairs, and the policy to start from.
@@ -95,51 +102,50 @@ def main() -> None:
     pairs = load_pairs(settings, settings.data)
     policy, tokenizer = load_model(settings, settings.init, GPT)
     settle(settings, policy.config.pretrained)
-    per_token = settings.loss == "ipo"
 
     # 2. The reference's log-probs of the pairs to come, by default while the policy still is it; in the batches of the
     # first epoch, so that the first loss is ln 2 to the last digit, whatever the precision.
     reader = load_model(settings, settings.reference, GPT)[0] if settings.reference else policy
     reference = torch.zeros(len(pairs), 2, device=device)
     steps = min(count_steps(settings, len(pairs)), math.ceil(len(pairs) / settings.batch_size))
-    with torch.no_grad():
-        for step in tqdm(range(steps), desc="reference", unit="step", leave=False):
-            indices = batch_indices(len(pairs), settings.batch_size, step, settings.seed)
-            logprobs = torch.zeros(len(indices), 2, device=device)
-            for batch in pack([pairs[index] for index in indices], device, settings.pass_tokens):
-                logprobs[batch.members] = pair_logprobs(reader, batch, per_token)
-            reference[indices] = summed(logprobs)
+    for step in tqdm(range(steps), desc="reference", unit="step", leave=False):
+        indices = batch_indices(len(pairs), settings.batch_size, step, settings.seed)
+        reference[indices] = all_logprobs(settings, reader, [pairs[index] for index in indices], device)
+    test = load_pairs(settings, "test.pt") if (Path(settings.out) / "test.pt").exists() else []
+    held_back = [test[index] for index in range(len(test))][:512]
+    before = all_logprobs(settings, reader, held_back, device)
     del reader
 
     # 3. Train.
     options = settings.beta, settings.loss, settings.label_smoothing, settings.self_weight
     training = Training(settings, len(pairs), policy)
     for _, indices in training:
-        documents, reference_logprobs = [pairs[index] for index in indices], reference[indices]
-        logprobs = torch.zeros_like(reference_logprobs)
+        documents, logprobs = [pairs[index] for index in indices], torch.zeros(len(indices), 2, device=device)
         for batch in pack(documents, device, settings.pass_tokens):
-            batch_logprobs = pair_logprobs(policy, batch, per_token)
-            logratios = batch_logprobs - reference_logprobs[batch.members]
+            batch_logprobs = pair_logprobs(policy, batch, settings.loss == "ipo")
+            logratios = batch_logprobs - reference[indices][batch.members]
             losses = dpo_loss(*logratios.unbind(1), *options)
             (losses.sum() / len(documents)).backward()
             logprobs[batch.members] = batch_logprobs.detach()
-        grad_norm = training.optimize()
+        metrics = {"grad_norm": training.optimize()}
         logprobs = summed(logprobs)  # for the log: of the whole batch, whichever process had them
-        logratios = logprobs - reference_logprobs
-        losses = dpo_loss(*logratios.unbind(1), *options)
-        rewards = settings.beta * logratios
+        logratios = logprobs - reference[indices]
+        losses, rewards = dpo_loss(*logratios.unbind(1), *options), settings.beta * logratios
         margin = rewards[:, 0] - rewards[:, 1]
         lengths = pairs.lengths[indices]  # (batch, 3)
-        metrics = {"loss": losses.mean(), "margin": margin.mean(), "accuracy": (margin > 0).float().mean()}
+        metrics |= {"loss": losses.mean(), "margin": margin.mean(), "accuracy": (margin > 0).float().mean()}
         for side, name in enumerate(("chosen", "rejected")):
             metrics[f"{name}_logprobs"] = logprobs[:, side].mean()
             metrics[f"{name}_rewards"] = rewards[:, side].mean()
             metrics[f"{name}_length"] = lengths[:, side + 1].float().mean().item()
-        shown = ("loss", "margin", "accuracy")
-        training.log(shown, "pairs", len(documents), int(lengths.sum()), **metrics, grad_norm=grad_norm)
+        training.log(("loss", "margin", "accuracy"), "pairs", len(documents), int(lengths.sum()), **metrics)
 
-    # 4. Save.
+    # 4. Save, and report on held-back pairs; at the first step all their margins were 0.
     save_model(settings, policy, tokenizer)
+    if held_back:
+        logratios = all_logprobs(settings, policy, held_back, device) - before
+        right = f"{(logratios[:, 0] > logratios[:, 1]).float().mean():.1%} of {len(held_back)}"
+        print(right, "held-back pairs are ranked as labelled")
     finish(settings, ["save"], "python ppo.py", "--init {} --save NAME.pt")
 
 

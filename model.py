@@ -1761,7 +1761,7 @@ class Training:
     def __init__(self, settings: TrainingSettings, examples: int, model: nn.Module, eps: float = 1e-8):
         self.settings, self.examples, self.model = settings, examples, model
         self.optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=eps, weight_decay=0.0, fused=True)
-        self.step, self.steps, self.stopping = 0, count_steps(settings, examples), False
+        self.step, self.steps, self.stopping, self.shown = 0, count_steps(settings, examples), False, ()
         path = Path(settings.out) / settings.save
         self.log_path, self.state_path = path.with_suffix(".jsonl"), path.with_suffix(".state.pt")
         names = [field.name for field in dataclasses.fields(settings)]
@@ -1832,6 +1832,9 @@ class Training:
         if stop:
             print(f"stopped after step {self.step} of {self.steps}; the same command with --resume goes on")
             sys.exit(130)
+        log = read_log(self.log_path)
+        course = [f"{name} {log[0][name]:.3f} → {log[-1][name]:.3f}" for name in self.shown]
+        print(f"{self.steps} steps, first → last: {', '.join(course)}" if course else f"{self.steps} steps")
 
     def ask_to_stop(self, number, frame) -> None:
         """First Ctrl-C: stop after this step. Second: at once."""
@@ -1874,6 +1877,7 @@ class Training:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
         costs = {"seconds": seconds, "tokens_per_second": tokens / seconds, f"{unit}_per_second": units / seconds}
         self.write_log([{"step": self.step, **metrics, "lr": self.lr, **costs, "peak_memory_mb": peak}])
+        self.shown = shown
         self.bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown}, refresh=False)
 
 

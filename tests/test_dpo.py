@@ -39,12 +39,13 @@ def test_loss_and_slope_by_hand(margin, beta, options, loss, slope):
 @pytest.mark.parametrize("flags", [
     "--label-smoothing 0.2 --self-weight 0.5 --reference sft.pt --beta 0.3", "--loss ipo --beta 0.3",
 ])
-def test_the_command_equals_a_plain_loop(run, tmp_path, policy, documents, flags):
+def test_the_command_equals_a_plain_loop(run, tmp_path, policy, documents, flags, capsys):
     """Three steps on all nine pairs, each in several passes: every logged number, and the weights that are saved. The
     files that the default names would find are others."""
     mean, beta = "ipo" in flags, 0.3
     other = tiny(7)
-    write(tmp_path, mine=documents, start=policy, easy=documents[:3], sft=other)
+    held_back = [documents[0], *((prompt, two, one) for prompt, one, two in documents[1:4])]  # 3 the wrong way
+    write(tmp_path, mine=documents, start=policy, easy=documents[:3], sft=other, test=held_back)
     assert len(list(pack(documents, CPU, 150))) > 1
     flags += " --data mine.pt --init start.pt --batch-size 9 --steps 3 --lr 1e-3 --warmup 0 --decay constant"
     flags += " --pass-tokens 150"
@@ -72,6 +73,11 @@ def test_the_command_equals_a_plain_loop(run, tmp_path, policy, documents, flags
     saved, _ = load_model(dpo.Settings(out=str(tmp_path), device="cpu"), "dpo.pt", GPT)
     torch.testing.assert_close(plain_sides(saved, documents, mean), plain_sides(policy, documents, mean),
                                rtol=1e-3, atol=1e-2)
+    (margin,) = ((plain_sides(saved, documents, mean) - reference) @ torch.tensor([[1.0], [-1.0]])).T
+    right = (margin[0] > 0).float() + (margin[1:4] < 0).sum()
+    first, last = (f"{log[place]['loss']:.3f}" for place in (0, -1))
+    said = capsys.readouterr().out
+    assert f"{right / 4:.1%} of 4 held-back pairs" in said and f"first → last: loss {first} → {last}" in said
 
 
 @pytest.mark.parametrize("dtype, flags, start", [
@@ -97,7 +103,7 @@ def test_the_reference_is_read_in_the_batches_of_the_first_pass_and_only_for_pai
     run, monkeypatch, tmp_path, policy, documents
 ):
     """With an arithmetic that differs between batches, as that of bf16 may. One step reads four pairs: once for the
-    reference, once to train."""
+    reference, once to train; there are no held-back pairs."""
     write(tmp_path, easy=documents, sft=policy)
     plain, seen = dpo.pair_logprobs, []
     monkeypatch.setattr(dpo, "pair_logprobs", lambda *given: plain(*given) + given[1].tokens.sum())
@@ -106,4 +112,4 @@ def test_the_reference_is_read_in_the_batches_of_the_first_pass_and_only_for_pai
     assert 0.0 not in [line["chosen_rewards"] for line in log[3:]]
     monkeypatch.setattr(dpo, "pack", lambda some, *more: seen.append(len(some)) or pack(some, *more))
     (line,) = run(dpo, "--batch-size 4 --steps 1 --seed 3")
-    assert (seen, line["margin"], line["chosen_rewards"]) == ([4, 4], 0.0, 0.0)
+    assert (seen, line["margin"], line["chosen_rewards"]) == ([4, 0, 4], 0.0, 0.0)

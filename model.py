@@ -1833,8 +1833,9 @@ class Training:
             print(f"stopped after step {self.step} of {self.steps}; the same command with --resume goes on")
             sys.exit(130)
         log = read_log(self.log_path)
-        course = [f"{name} {log[0][name]:.3f} → {log[-1][name]:.3f}" for name in self.shown]
-        print(f"{self.steps} steps, first → last: {', '.join(course)}" if course else f"{self.steps} steps")
+        if log:
+            course = [f"{name} {log[0][name]:.3f} → {log[-1][name]:.3f}" for name in self.shown]
+            print(f"{self.steps} steps, first → last: {', '.join(course)}")
 
     def ask_to_stop(self, number, frame) -> None:
         """First Ctrl-C: stop after this step. Second: at once."""

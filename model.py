@@ -596,9 +596,10 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
 
 def require_room(config: Config, prompts: Iterable[Tensor], max_new_tokens: int) -> None:
     """Raises UserError if a prompt and its answer could outgrow the model's context."""
-    room = config.context - max(len(prompt) for prompt in prompts)
-    if max_new_tokens > room:
-        raise UserError(f"--max-new-tokens {max_new_tokens}: the longest prompt leaves room for {room} in the context")
+    longest = max(len(prompt) for prompt in prompts)
+    if longest + max_new_tokens > config.context:
+        raise UserError(f"--max-new-tokens {max_new_tokens} and a prompt of {longest} tokens are over the context of "
+                        f"{config.context}; lower the one or shorten the other")
 
 
 @torch.no_grad()

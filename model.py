@@ -598,8 +598,8 @@ def require_room(config: Config, prompts: Iterable[Tensor], max_new_tokens: int)
     """Raises UserError if a prompt and its answer could outgrow the model's context."""
     longest = max(len(prompt) for prompt in prompts)
     if longest + max_new_tokens > config.context:
-        raise UserError(f"--max-new-tokens {max_new_tokens} and a prompt of {longest} tokens are over the context of "
-                        f"{config.context}; lower the one or shorten the other")
+        raise UserError(f"--max-new-tokens {max_new_tokens}: with a prompt of {longest} tokens that is over the context "
+                        f"of {config.context}; lower the one or shorten the other")
 
 
 @torch.no_grad()
@@ -1170,8 +1170,6 @@ def read_row(row: dict) -> tuple[str | list[dict], str, str]:
     if prompt != other:
         raise DroppedRow("prompts differ between the sides")
     require_parts(prompt, chosen.strip(), rejected.strip())
-    if HUMAN in chosen or HUMAN in rejected:
-        raise DroppedRow("a human's turn inside the response")
     return prompt, chosen, rejected
 
 
@@ -1181,6 +1179,8 @@ def require_parts(prompt, chosen, rejected) -> None:
         raise DroppedRow("empty response" if prompt else NO_PROMPT)
     if chosen == rejected:
         raise DroppedRow("identical responses")
+    if HUMAN in f"\n\n{chosen}" or HUMAN in f"\n\n{rejected}":  # the blank line may be stripped; never in ids
+        raise DroppedRow("a human's turn inside the response")
 
 
 def split_messages(before: list[dict], side) -> tuple[list[dict], str]:

@@ -124,8 +124,7 @@ def main() -> None:
         for batch in pack(documents, device, settings.pass_tokens):
             batch_logprobs = pair_logprobs(policy, batch, settings.loss == "ipo")
             logratios = batch_logprobs - reference[indices][batch.members]
-            losses = dpo_loss(*logratios.unbind(1), *options)
-            (losses.sum() / len(documents)).backward()
+            (dpo_loss(*logratios.unbind(1), *options).sum() / len(documents)).backward()
             logprobs[batch.members] = batch_logprobs.detach()
         metrics = {"grad_norm": training.optimize()}
         logprobs = summed(logprobs)  # for the log: of the whole batch, whichever process had them
@@ -144,8 +143,8 @@ def main() -> None:
     save_model(settings, policy, tokenizer)
     if held_back:
         logratios = all_logprobs(settings, policy, held_back, device) - before
-        right = f"{(logratios[:, 0] > logratios[:, 1]).float().mean():.1%} of {len(held_back)}"
-        print(right, "held-back pairs are ranked as labelled")
+        right = (logratios[:, 0] > logratios[:, 1]).float().mean()
+        print(f"{right:.1%} of {len(held_back)} held-back pairs are ranked as labelled")
     finish(settings, ["save"], "python ppo.py", "--init {} --save NAME.pt")
 
 

@@ -598,8 +598,8 @@ def require_room(config: Config, prompts: Iterable[Tensor], max_new_tokens: int)
     """Raises UserError if a prompt and its answer could outgrow the model's context."""
     longest = max(len(prompt) for prompt in prompts)
     if longest + max_new_tokens > config.context:
-        raise UserError(f"--max-new-tokens {max_new_tokens}: with a prompt of {longest} tokens that is over the context "
-                        f"of {config.context}; lower the one or shorten the other")
+        raise UserError(f"--max-new-tokens {max_new_tokens}: with a prompt of {longest} tokens that is over the "
+                        f"context of {config.context}; lower the one or shorten the other")
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ class Settings(TrainingSettings):
     batch_size: int = flag(64, "pairs per optimiser step", least=1)
     lr: float = flag(5e-5, "peak learning rate", least=0, pretrained=5e-7)
     beta: float = flag(0.1, "β: how closely the policy is held to the reference", above=0)
-    loss: Literal["sigmoid", "ipo", "linear"] = flag("sigmoid", "DPO's loss (SPIN's too), IPO's, or IRFT's")
+    loss: Literal["sigmoid", "ipo", "linear"] = flag("sigmoid", "sigmoid: DPO's and SPIN's; linear: IRFT's")
     label_smoothing: float = flag(0.0, "share of labels taken to be wrong (conservative DPO)", least=0, most=1)
     self_weight: float = flag(0.0, "weight w of the loss on labels that the policy itself gives (SAIL-DP)", least=0)
 
@@ -103,7 +103,7 @@ def main() -> None:
     policy, tokenizer = load_model(settings, settings.init, GPT)
     settle(settings, policy.config.pretrained)
 
-    # 2. The reference's log-probs of the pairs to come, by default while the policy still is it; in the batches of the
+    # 2. The reference's log-probs of the pairs to train on; by default the policy still is it. In the batches of the
     # first epoch, so that the first loss is ln 2 to the last digit, whatever the precision.
     reader = load_model(settings, settings.reference, GPT)[0] if settings.reference else policy
     reference = torch.zeros(len(pairs), 2, device=device)

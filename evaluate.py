@@ -436,7 +436,7 @@ def main() -> None:
         verdicts = judge(settings, prompts, answers, opponents, summaries)
         write_file(path, json.dumps(summaries, indent=1) + "\n")
         print(verdicts)
-    print(f"wrote {path}")
+    print(f"wrote {path}" + (f" and {path.with_name('figure.png')}" if settings.figure else ""))
 
 
 if __name__ == "__main__":

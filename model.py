@@ -538,7 +538,7 @@ class Cache:
 
     positions: [S], of each sequence's last token. new: (index in the row, sequence, column) of each token whose keys
     and values are to be stored. bias: [S, 1, 1, width], 0 for columns in use and −∞ for the rest. `width` never
-    changes, nor does anything here depend on numbers that the GPU has: a step can be captured as a CUDA graph.
+    changes, and on CUDA a step fetches no number from the GPU: so it can be captured as a graph.
     """
 
     def __init__(self, config: Config, prompts: Packed, steps: int, dtype: torch.dtype):
@@ -666,7 +666,8 @@ def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperatu
         if watch:
             watch(drawn)
         if watch or step % 8 == 0 or step == steps:  # now and then, the finished leave the batch
-            going, result[live] = drawn != end, output
+            result[live] = output
+            going = drawn != end  # (S)
             if step == steps or not going.any():
                 return result.cpu()
             if going.sum() < (0.5 if device.type == "cuda" else 0.9) * len(going):  # capturing anew takes its time
@@ -679,7 +680,7 @@ def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperatu
             if device.type == "cuda":
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
-                    advance()
+                    advance()  # is recorded only, for the steps to come
 
 
 # ---- Tokenizer: byte-level byte-pair encoding ----
@@ -1123,7 +1124,7 @@ def parse_rows(path: Path) -> Iterator[dict]:
         lines = gzip.GzipFile(fileobj=file) if start.startswith(b"\x1f\x8b") else file
         documents = (json.loads(line) for line in lines if line.strip())
         try:
-            documents = itertools.chain([*itertools.islice(documents, 1)], documents)
+            documents = itertools.chain([*itertools.islice(documents, 1)], documents)  # parses the first line now
         except ValueError:  # not a document in each line, but one in all
             lines.seek(0)
             documents = [json.loads(lines.read())]
@@ -1131,7 +1132,7 @@ def parse_rows(path: Path) -> Iterator[dict]:
             if isinstance(document, dict) and not {"summaries", "chosen", *COLUMNS} & document.keys():
                 lists = [value for value in document.values() if isinstance(value, list) and value]
                 document = lists[0] if len(lists) == 1 else document
-            yield from map(dict, document if isinstance(document, list) else [document])  # which fails at other things
+            yield from map(dict, document if isinstance(document, list) else [document])  # else it is no row
 
 
 def name_columns(row: dict) -> dict:
@@ -1225,16 +1226,16 @@ def chat_template(text: str):
 
 
 def write_out(tokenizer: Tokenizer | None, form: str, messages: list[dict], answered: bool) -> str:
-    """Messages as a text of that form, to where an answer begins unless they are `answered`. A name of a control token
-    that is not shielded in it is that token."""
+    """Messages as a text of that form, to where an answer begins unless they are `answered`. Names of control
+    tokens in it are control tokens, but for those that are shielded."""
     template = chat_template(FORMS.get(form) or tokenizer.template)
     names = tokenizer.names if tokenizer else {}
     return template.render(messages=messages, add_generation_prompt=not answered, **names)
 
 
 def write_row(settings: "Settings", tokenizer: Tokenizer | None, prompt, *sides: str) -> tuple[str, list[str]]:
-    """(form, [prompt, chosen, rejected] as texts) of what read_row returned. What people wrote is shielded, or else its
-    names of control tokens are control tokens, as those are that a chat template sets."""
+    """(form, [prompt, chosen, rejected] as texts) of what read_row returned. What people wrote is shielded: only the
+    chat template sets control tokens; not so with --control-tokens tokens."""
     shield = tokenizer.shield if tokenizer and settings.control_tokens == "text" else str  # str() changes no text
     sides = [shield(side) for side in sides]
     if isinstance(prompt, str):
@@ -1281,8 +1282,8 @@ def encode_row(settings: "Settings", tokenizer: Tokenizer, form: str, parts: lis
 
 
 def read_examples(settings: "Settings", counts: Counter, tokenizer: Tokenizer | None) -> Iterator[tuple]:
-    """Of each row of --data that makes a pair: is it held back to test on, its form, its texts, and their token ids, if
-    there is a tokenizer. The prompt's own hash decides, so that no prompt falls on both sides. Rows are counted."""
+    """Yields (held back to test on?, form, texts, their token ids or None without a tokenizer) for each row of --data
+    that makes a pair. The prompt's own hash holds it back, so that no prompt falls on both sides. Rows are counted."""
     share = settings.test_share if settings.test_share is not None else 0.2 if settings.data == "toy" else 0.1
     for where, row in tqdm(read_rows(settings), desc="reading", unit=" rows", leave=False):
         counts["rows read"] += 1
@@ -1335,7 +1336,7 @@ def read_pairs(settings: "Settings", tokenizer: Tokenizer | None = None) -> tupl
 
 
 def ask_in_form(tokenizer: Tokenizer, form: str, question: str) -> Tensor:
-    """Token ids [L] of a prompt that asks `question` in the form that a pairs file has, unless it ends as one."""
+    """Token ids [L] of a prompt that asks `question` in a pairs file's form, unless it ends as prompts do."""
     text = tokenizer.shield(question)
     if form == "template" or not question.endswith((TURN, "TL;DR:")):
         text = write_out(tokenizer, form, [{"role": "user", "content": text}], answered=False)
@@ -1927,7 +1928,7 @@ class Settings(TrainingSettings):
         super().__post_init__()
         if self.dim % (2 * self.heads) or self.heads % self.kv_heads:
             shape = f"--dim {self.dim} --heads {self.heads} --kv-heads {self.kv_heads}"
-            raise UserError(f"{shape}: the first must be a multiple of twice the second, that of the third")
+            raise UserError(f"{shape}: --dim must be a multiple of 2 × --heads, --heads of --kv-heads")
         if self.label_temperature != TOY_TEMPERATURE and self.data != "toy":
             raise UserError("--label-temperature: only the toy world draws its labels; other data come with theirs")
         read, onward = ("sft.pt", self.init, self.data, self.extrapolate), self.extrapolate or self.data.endswith(".pt")

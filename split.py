@@ -8,7 +8,7 @@ arXiv 2403.19443):
 
 Wrong labels gather in hard, whose labels the last stage does not use: PPO takes its prompts alone.
 
-With --policy, pairs are made first: of that policy's own answers to each prompt the best, chosen over the worst.
+With --policy, pairs are made first: the best of that policy's own answers to each prompt is chosen, the worst rejected.
 
     python split.py                      # γ such that half the pairs are easy
     python split.py --threshold 1.0      # γ itself
@@ -48,7 +48,7 @@ class Settings(CommonSettings):
     hard: str = flag("hard.pt", "file for the hard pairs")
     policy: str | None = flag(None, "policy whose own answers take the place of the responses [none]")
     answers: int = flag(4, "own answers to each prompt", least=1)
-    chosen: Literal["best", "gold", "labelled"] = flag("best", "over the worst own answer; gold: both by gold reward")
+    chosen: Literal["best", "gold", "labelled"] = flag("best", "over the worst own: best (gold: by gold), data's")
     temperature: float = flag(1.0, "of sampling own answers", above=0)
     max_new_tokens: int = flag(96, "longest own answer", least=1, pretrained=256)
 
@@ -117,7 +117,7 @@ def own_answers(settings: Settings, pairs: Pairs, model: RewardModel, device: to
     log = {"step": 0, "updates": 0, "generated": generated, "ended": finished / (len(documents) * settings.answers)}
     if ordered:
         log["agreement"] = agreement = ranking_accuracy(torch.tensor(ordered))
-        print(f"the reward model orders {agreement:.1%} of {len(ordered)} twos of answers to a prompt as gold does")
+        print(f"the reward model orders {agreement:.1%} of {len(ordered)} pairs of answers as gold does")
     print(f"own answers: {generated} tokens, {log['ended']:.1%} ended; {len(pairs) - len(known)} prompts make no pair")
     if not known:
         raise UserError(f"--policy {settings.policy}: no prompt has two answers that ended and differ")

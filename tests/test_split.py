@@ -168,7 +168,7 @@ def test_own_answers_by_hand(run, monkeypatch, tmp_path, capsys, policy, reward_
     assert [tuple(LETTERS.decode(part) for part in found[index][1:]) for index in range(len(found))] == texts
     assert (found.gold.tolist(), found.source) == (gold, "toy")
     assert found.rewards[0].tolist() == {"best": [2, 1], "gold": [1, 2], "labelled": [9, 1]}[chosen]
-    assert "58.3% of 6 twos" in printed and f"80.0% ended; {5 - len(texts)} prompts make no pair" in printed
+    assert "58.3% of 6 pairs of answers" in printed and f"80.0% ended; {5 - len(texts)} prompts make no pair" in printed
     assert read_log(tmp_path / "easy.jsonl")[0]["generated"] == sum(len(spell(t)) for some, _ in ANSWERS for t in some)
 
 

@@ -28,7 +28,7 @@ import importlib
 import itertools
 import json
 import math
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -458,8 +458,10 @@ def matrix(way: str, folder: Path, arguments: argparse.Namespace) -> dict:
 
 
 def peak_mb(arguments: argparse.Namespace) -> float:
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    return torch.cuda.max_memory_allocated() / 2**20 if arguments.device == "cuda" else own
+    """The most memory so far: on the GPU, or this process's on Linux (getrusage begins at what the parent had)."""
+    if arguments.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
 
 
 def measure(work: str, way: str, folder: Path, arguments: argparse.Namespace) -> dict:

@@ -12,7 +12,6 @@ the easy pairs here. The reference's log-probs are computed in one pass at the s
     python dpo.py --data pairs.pt --save dpo_all.pt   # the baseline: DPO on all pairs
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -107,12 +106,11 @@ def main() -> None:
     # first epoch, so that the first loss is ln 2 to the last digit, whatever the precision.
     reader = load_model(settings, settings.reference, GPT)[0] if settings.reference else policy
     reference = torch.zeros(len(pairs), 2, device=device)
-    steps = min(count_steps(settings, len(pairs)), math.ceil(len(pairs) / settings.batch_size))
+    steps = min(count_steps(settings, len(pairs)), -(-len(pairs) // settings.batch_size))
     for step in tqdm(range(steps), desc="reference", unit="step", leave=False):
         indices = batch_indices(len(pairs), settings.batch_size, step, settings.seed)
         reference[indices] = all_logprobs(settings, reader, [pairs[index] for index in indices], device)
-    test = load_pairs(settings, "test.pt") if (Path(settings.out) / "test.pt").exists() else []
-    held_back = [test[index] for index in range(len(test))][:512]
+    held_back = list(load_pairs(settings, "test.pt"))[:512] if (Path(settings.out) / "test.pt").exists() else []
     before = all_logprobs(settings, reader, held_back, device)
     del reader
 

@@ -1,14 +1,16 @@
-"""Does MPO do what the paper says? Trains MPO, DPO, PPO and controls in the toy world over seeds, and compares them.
+"""Does MPO do what the paper says? Trains MPO, DPO, PPO, controls and related systems in the toy world, over seeds.
 
-STUDY lists the policies with the commands that make them. Each seed has a folder, where commands run one after the
-other, each once: what commands.json says is done is not run again (delete the folder after a change of code). Seeds run
-side by side. On Ctrl-C or SIGTERM the commands under way save their states; the same call goes on from there.
+Tuning is equal: --tune tries the same four settings for DPO's methods and the same four for PPO's, on seeds 0 to 2, and
+BEST holds what each method came out best with; the study itself runs on other seeds. Each seed has a folder, where
+commands run one after the other, each once: what commands.json says is done is not run again (delete the folder after a
+change of code). Folders run side by side. On Ctrl-C or SIGTERM the commands under way save their states; the same call
+goes on from there.
 
-    python tests/study.py --seeds 5 --seed 3 --noise-seeds 3 --out out/study --figure       # pip install matplotlib
+    python tests/study.py --tune --seeds 3 --seed 0 --out out/tuning                # the settings in BEST
+    python tests/study.py --out out/study --figure                                  # pip install matplotlib
 """
 
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -18,7 +20,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,16 +30,32 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from dpo import Settings as DPOSettings
+from dpo import all_logprobs
 from evaluate import aligned, summarise
-from model import TOY_TEMPERATURE, UserError, flag, parse_settings, read_log, run_command, write_file
-from reward import wins
+from model import (
+    GPT, TOY_TEMPERATURE, UserError, flag, load_model, load_pairs, parse_settings, read_log, run_command, write_file,
+)
+from reward import RewardModel, ranking_accuracy, score_pairs, wins
 
-# Row: the commands that make its policy, which the last of them saves. Equal budgets: DPO takes 64 steps of 64 pairs,
-# over all rounds of a method with rounds, and PPO 32 of 128 prompts, unless the name says otherwise.
-WORLD, REWARD, SPLIT = "model.py --save sft.pt", "reward.py", "split.py"
-DPO, PPO = "dpo.py --steps 64", "ppo.py --steps 32"
-DPO_ALL, DPO_HARD = f"{DPO} --data pairs.pt --save dpo_all.pt", f"{DPO} --data hard.pt --save dpo_hard.pt"
-PPO_ALL = f"{PPO} --init sft.pt --data pairs.pt"
+# Commands. MPO's DPO takes 64 steps of 64 pairs, every PPO 32 steps of 128 prompts; each costs about 75 seconds of a
+# core, as 256 steps of DPO do, which methods that are DPO alone may choose.
+WORLD, REWARD, SPLIT, START = "model.py --save sft.pt", "reward.py", "split.py", "dpo.py --steps 64"
+GRID = {"dpo.py": [(64, 0.1), (64, 0.3), (256, 0.1), (256, 0.3)],  # steps, β
+        "ppo.py": [0.05, 0.1, 0.2, 0.3]}  # KL price
+UNTUNED = {"DPO on all": (64, 0.1), "DPO on easy": (64, 0.1), "PPO from SFT, all": 0.3, "MPO": 0.3,
+           "MPO, random split": 0.3}
+BEST = {2.0: UNTUNED | {"PPO from SFT, hard": 0.3, "PPO from DPO on all": 0.3}, 3.0: UNTUNED, 0.0: UNTUNED, 1.0: UNTUNED, 1.5: UNTUNED}
+
+
+def dpo(choice: tuple[int, float], rounds: int = 1) -> str:
+    """DPO's command for one of GRID's choices, or for one of so many equal rounds."""
+    return f"dpo.py --steps {choice[0] // rounds} --beta {choice[1]}"
+
+
+def ppo(choice: float) -> str:
+    """PPO's command for one of GRID's choices."""
+    return f"ppo.py --steps 32 --kl-coefficient {choice}"
 
 
 def own(policy: str, easy: str, flags: str = "--data pairs.pt") -> str:
@@ -46,66 +63,105 @@ def own(policy: str, easy: str, flags: str = "--data pairs.pt") -> str:
     return f"split.py --fraction 1 --policy {policy}.pt --easy {easy}.pt --hard {easy}_rest.pt {flags}"
 
 
-OWN, ALL_LABELLED = own("sft", "own"), "--data pairs.pt --chosen labelled --answers 1"
-DEMOS = own("sft", "demos", ALL_LABELLED)
+def methods(best: dict) -> dict[str, list[str]]:
+    """Row → the commands that make its policy, which the last of them saves, with these settings of the tuned rows."""
+    parts, mpo, start_all = [REWARD, SPLIT], ppo(best["MPO"]), f"{START} --data pairs.pt --save start_all.pt"
+    return {
+        "SFT": [],
+        "DPO on all": [f"{dpo(best['DPO on all'])} --data pairs.pt --save dpo_all.pt"],
+        "DPO on easy": [*parts, f"{dpo(best['DPO on easy'])} --save dpo_easy.pt"],
+        "DPO on hard": [*parts, f"{dpo(best['DPO on all'])} --data hard.pt --save dpo_hard.pt"],
+        "PPO from SFT, all": [REWARD, f"{ppo(best['PPO from SFT, all'])} --init sft.pt --data pairs.pt "
+                              "--save ppo_all.pt"],
+        "PPO from SFT, hard": [*parts, f"{ppo(best.get('PPO from SFT, hard'))} --init sft.pt --save ppo_hard.pt"],
+        "PPO from DPO on all": [start_all, REWARD, f"{ppo(best.get('PPO from DPO on all'))} --init start_all.pt "
+                                "--data pairs.pt --save ppo_dpo_all.pt"],
+        "MPO's DPO alone": [*parts, START],
+        "MPO": [*parts, START, f"{mpo} --save ppo.pt"],
+        # Controls of MPO; but for the first, at its price.
+        "MPO, random split": [REWARD, "split.py --by random --easy easy_random.pt --hard hard_random.pt",
+                              f"{START} --data easy_random.pt --save dpo_random.pt",
+                              f"{ppo(best['MPO, random split'])} --init dpo_random.pt --data hard_random.pt "
+                              "--save ppo_random.pt"],
+        "MPO, parts swapped": [*parts, f"{START} --data hard.pt --save start_hard.pt",
+                               f"{mpo} --init start_hard.pt --data easy.pt --save ppo_swapped.pt"],
+        "MPO, PPO on all prompts": [*parts, START, f"{mpo} --data pairs.pt --save ppo_prompts.pt"],
+        "MPO, reference SFT": [*parts, START, f"{mpo} --reference sft.pt --save ppo_reference.pt"],
+        "MPO, absolute gap": [REWARD, "split.py --gap absolute --easy easy_absolute.pt --hard hard_absolute.pt",
+                              f"{START} --data easy_absolute.pt --save dpo_absolute.pt",
+                              f"{mpo} --init dpo_absolute.pt --data hard_absolute.pt --save ppo_absolute.pt"],
+        "MPO, hard third": [REWARD, "split.py --fraction 0.667 --easy easy_third.pt --hard hard_third.pt",
+                            f"{START} --data easy_third.pt --save dpo_third.pt",
+                            f"{mpo} --init dpo_third.pt --data hard_third.pt --save ppo_third.pt"],
+    }
 
 
-def self_play(name: str, loss: str) -> list[str]:
-    """Two rounds of labelled responses against the policy's own."""
-    half, more = f"dpo.py --steps 32 --loss {loss}", own(f"{name}_1", f"demos_{name}", ALL_LABELLED)
-    return [REWARD, DEMOS, f"{half} --data demos.pt --save {name}_1.pt", more,
-            f"{half} --data demos_{name}.pt --init {name}_1.pt --save {name}.pt"]
+def tuning(best: dict) -> dict[str, list[str]]:
+    """SFT, and each row of BEST with each of GRID's choices, as "row: choice", saved under a name of its own."""
+    rows = {"SFT": []}
+    for row in best:
+        for number, choice in enumerate(GRID["dpo.py" if row.startswith("DPO") else "ppo.py"]):
+            *before, last = methods(best | {row: choice})[row]
+            name = saved_as([last])
+            rows[f"{row}: {choice}"] = [*before, last.replace(f"{name}.pt", f"{name}_{number}.pt")]
+    return rows
 
 
-def rewarded(name: str, data: str, *before: str) -> list[str]:
-    """PPO from SFT by a reward model that is trained on pairs of its own, made by the commands `before`."""
-    return [REWARD, *before, f"reward.py --data {data} --save reward_{name}.pt",
-            f"{PPO_ALL} --reward reward_{name}.pt --save ppo_{name}.pt"]
+def related(best: dict) -> dict[str, list[str]]:
+    """The related systems, as methods gives its rows. Those that are DPO take the choice of DPO on all, and those that
+    are PPO the one of PPO from SFT, whose data they have."""
+    known, labelled = methods(best), "--data pairs.pt --chosen labelled --answers 1"
+    own_sft, demos = own("sft", "own"), own("sft", "demos", labelled)
+    dpo_all, half = dpo(best["DPO on all"]), dpo(best["DPO on all"], rounds=2)
+    ppo_all = f"{ppo(best['PPO from SFT, all'])} --init sft.pt --data pairs.pt"
+
+    def self_play(name: str, loss: str) -> list[str]:
+        """Two rounds of labelled responses against the policy's own."""
+        return [REWARD, demos, f"{half} --loss {loss} --data demos.pt --save {name}_1.pt",
+                own(f"{name}_1", f"demos_{name}", labelled),
+                f"{half} --loss {loss} --data demos_{name}.pt --init {name}_1.pt --save {name}.pt"]
+
+    def rewarded(name: str, data: str, *before: str) -> list[str]:
+        """PPO from SFT by a reward model that is trained on pairs of its own, made by the commands `before`."""
+        return [REWARD, *before, f"reward.py --data {data} --save reward_{name}.pt",
+                f"{ppo_all} --reward reward_{name}.pt --save ppo_{name}.pt"]
+
+    rows = {
+        "expert iteration": [REWARD, own_sft,
+                             "model.py --steps 64 --batch-size 64 --init sft.pt --data own.pt --save ei.pt"],
+        "DPO on own answers": [REWARD, own_sft, f"{dpo_all} --data own.pt --save dpo_own.pt"],
+        "DPO on own answers, 2 rounds": [
+            REWARD, own_sft, f"{half} --data own.pt --save dpo_own_1.pt", own("dpo_own_1", "own_2"),
+            f"{half} --init dpo_own_1.pt --reference sft.pt --data own_2.pt --save dpo_own_2.pt"],
+        "SAIL-DP": [f"{dpo_all} --data pairs.pt --self-weight 0.3 --save sail.pt"],
+        "IRFT, 2 rounds": self_play("irft", "linear"),
+        "SPIN, 2 rounds": self_play("spin", "sigmoid"),
+        "RFT": rewarded("rft", "demos.pt", demos),
+        "AIHF": rewarded("aihf", "pairs.pt+demos.pt", demos),
+        "RLP": rewarded("rlp", "pairs.pt+own_ppo.pt", known["PPO from SFT, all"][-1], own("ppo_all", "own_ppo")),
+        "RLP, labels by gold": rewarded("rlp_gold", "pairs.pt+own_gold.pt", known["PPO from SFT, all"][-1],
+                                        own("ppo_all", "own_gold", "--data pairs.pt --chosen gold")),
+        "PM-RLHF": [REWARD, f"{ppo_all} --matching 0.1 --save ppo_matching.pt"],
+        "MPO, DPO on own answers as PPO": [*known["MPO's DPO alone"], own("dpo", "own_hard", "--data hard.pt"),
+                                           f"{START} --init dpo.pt --data own_hard.pt --save mpo_own.pt"],
+    }
+    for part in (25, 50, 100):  # ExPO: α in hundredths
+        for row, name in (("DPO on all", "dpo_all"), ("MPO", "ppo")):
+            onward = f"model.py --init {name}.pt --extrapolate sft.pt --alpha {part / 100} --save expo_{name}_{part}.pt"
+            rows[f"ExPO on {row}, α {part / 100}"] = [*known[row], onward]
+    return rows
 
 
-STUDY = {
-    "SFT": [],
-    "DPO on all": [DPO_ALL],
-    "DPO on easy": [REWARD, SPLIT, DPO],
-    "DPO on hard": [REWARD, SPLIT, DPO_HARD],
-    "DPO on all, 256 steps": ["dpo.py --steps 256 --data pairs.pt --save dpo_all_256.pt"],
-    "DPO on easy, 256 steps": [REWARD, SPLIT, "dpo.py --steps 256 --save dpo_256.pt"],
-    "PPO from SFT, all": [REWARD, f"{PPO_ALL} --save ppo_all.pt"],
-    "PPO from SFT, hard": [REWARD, SPLIT, f"{PPO} --init sft.pt --save ppo_hard.pt"],
-    "PPO from DPO on all": [DPO_ALL, REWARD, f"{PPO} --init dpo_all.pt --data pairs.pt --save ppo_dpo_all.pt"],
-    "MPO": [REWARD, SPLIT, DPO, PPO],
-    "MPO, random split": [REWARD, "split.py --by random --easy easy_random.pt --hard hard_random.pt",
-                          f"{DPO} --data easy_random.pt --save dpo_random.pt",
-                          f"{PPO} --init dpo_random.pt --data hard_random.pt --save ppo_random.pt"],
-    "MPO, parts swapped": [REWARD, SPLIT, DPO_HARD, f"{PPO} --init dpo_hard.pt --data easy.pt --save ppo_swapped.pt"],
-    "MPO, reference SFT": [REWARD, SPLIT, DPO, f"{PPO} --reference sft.pt --save ppo_reference_sft.pt"],
-    "PPO from SFT, KL price 0.05": [REWARD, SPLIT, f"{PPO} --init sft.pt --kl-coefficient 0.05 --save ppo_cheap2.pt"],
-    "MPO, KL price 0.05": [REWARD, SPLIT, DPO, f"{PPO} --kl-coefficient 0.05 --save ppo_cheap.pt"],
-    # The related systems.
-    "expert iteration": [REWARD, OWN, "model.py --steps 64 --batch-size 64 --init sft.pt --data own.pt --save ei.pt"],
-    "DPO on own answers": [REWARD, OWN, f"{DPO} --data own.pt --save dpo_own.pt"],
-    "DPO on own answers, 2 rounds": [
-        REWARD, OWN, "dpo.py --steps 32 --data own.pt --save dpo_own_1.pt", own("dpo_own_1", "own_2"),
-        "dpo.py --steps 32 --init dpo_own_1.pt --reference sft.pt --data own_2.pt --save dpo_own_2.pt"],
-    "SAIL-DP": [f"{DPO} --data pairs.pt --self-weight 0.3 --save sail.pt"],
-    "IRFT, 2 rounds": self_play("irft", "linear"),
-    "SPIN, 2 rounds": self_play("spin", "sigmoid"),
-    "RFT": rewarded("rft", "demos.pt", DEMOS),
-    "AIHF": rewarded("aihf", "pairs.pt+demos.pt", DEMOS),
-    "RLP": rewarded("rlp", "pairs.pt+own_ppo.pt", f"{PPO_ALL} --save ppo_all.pt", own("ppo_all", "own_ppo")),
-    "RLP, labels by gold": rewarded("rlp_gold", "pairs.pt+own_gold.pt", f"{PPO_ALL} --save ppo_all.pt",
-                                    own("ppo_all", "own_gold", "--data pairs.pt --chosen gold")),
-    "PM-RLHF": [REWARD, f"{PPO_ALL} --matching 0.1 --save ppo_matching.pt"],
-    "MPO, DPO on own answers as PPO": [REWARD, SPLIT, DPO, own("dpo", "own_hard", "--data hard.pt"),
-                                       f"{DPO} --init dpo.pt --data own_hard.pt --save mpo_own.pt"],
-}
-for part in (25, 50, 100):  # ExPO: α in hundredths
-    for row, name in (("DPO on all", "dpo_all"), ("MPO", "ppo")):
-        onward = f"model.py --init {name}.pt --extrapolate sft.pt --alpha {part / 100} --save expo_{name}_{part}.pt"
-        STUDY[f"ExPO on {row}, α {part / 100}"] = [*STUDY[row], onward]
-PPO_ROWS = ["PPO from SFT, hard", "MPO, reference SFT", "MPO", "PPO from SFT, KL price 0.05", "MPO, KL price 0.05"]
-NOISE = [0.0, 1.0, 1.5, 2.0, 3.0]  # label temperatures
+STUDY = methods(BEST[TOY_TEMPERATURE]) | related(BEST[TOY_TEMPERATURE])
+DRAWN = ["SFT", "DPO on all", "DPO on easy", "PPO from SFT, all", "PPO from SFT, hard", "PPO from DPO on all",
+         "MPO, random split", "MPO"]
+COLOURS = {"MPO": "#d55e00", "DPO on all": "#56b4e9", "DPO on easy": "#0072b2", "PPO from SFT, all": "#009e73",
+           "PPO from DPO on all": "#cc79a7", "MPO, random split": "#e69f00"}  # others: grey
+PPO_ROWS = ["PPO from SFT, all", "PPO from SFT, hard", "PPO from DPO on all", "MPO, reference SFT", "MPO"]
 NOISE_ROWS = ["SFT", "DPO on all", "DPO on easy", "PPO from SFT, all", "MPO", "MPO, random split"]
+SHIFTED = {"SFT": "sft", "DPO on all": "dpo_all", "DPO on easy": "dpo_easy", "PPO from SFT": "ppo_all", "MPO": "ppo"}
+IMPLICIT = {row: SHIFTED[row] for row in ("DPO on all", "DPO on easy")}
+SHIFT = [own(name, f"shift_{name}", "--data test.pt --chosen gold") for name in SHIFTED.values()]
 SPREAD, ROUGH = "{:.2f} ± {:.2f}", "{:.1f} ± {:.1f}"  # mean and standard error
 LEAD, WON = "{0:+.2f} ± {1:.2f} ({2:+.2f} to {3:+.2f})", "{4:.0%} ({6:.0%} to {7:.0%})"  # of summarise's numbers
 COLUMNS = {"gold reward": ("gold_reward", SPREAD), "reward": ("reward", SPREAD),
@@ -123,9 +179,10 @@ class Settings:
     out: str = flag("out/study", "folder for the seeds' folders, study.json and figures")
     seeds: int = flag(5, "how many seeds")
     seed: int = flag(3, "the first one; settings were chosen on seeds 0 to 2")
-    noise_seeds: int = flag(3, "seeds for each label temperature; 0: none")
+    noise_seeds: int = flag(3, "how many of them at each other label temperature; 0: none")
     parallel: int | None = flag(None, "seeds side by side [one a core, or one on a GPU]")
-    figure: bool = flag(False, "draw rewards.png, ppo.png and noise.png too (needs matplotlib)")
+    tune: bool = flag(False, "try GRID's settings instead, for each method that BEST has settings for")
+    figure: bool = flag(False, "draw study.png, or with --tune tuning.png, too (needs matplotlib)")
 
     def __post_init__(self):
         if self.seeds < 2 or self.noise_seeds < 0 or self.noise_seeds == 1 or (self.parallel or 1) < 1:
@@ -141,15 +198,15 @@ def saved_as(commands: list[str]) -> str:
 
 
 class Run:
-    """One folder, in which commands run one after the other and make the policies of `rows`. record is its
-    commands.json: command → "seconds", those of stopped attempts included, and "done", whether it has finished."""
+    """One folder, in which commands run one after the other and make the policies of `rows`, row → its commands.
+    record is its commands.json: command → "seconds", those of stopped attempts included, and "done"."""
 
-    def __init__(self, folder: Path, seed: int, rows: list[str], world: str = WORLD):
+    def __init__(self, folder: Path, seed: int, rows: dict[str, list[str]], world: str = WORLD, last: tuple = ()):
         self.folder, self.seed, self.rows = folder, seed, rows
-        training = [command for row in rows for command in STUDY[row]]
-        policies = " ".join(f"{saved_as(STUDY[row])}.pt" for row in rows)
+        training = [command for commands in rows.values() for command in commands]
+        policies = " ".join(f"{saved_as(commands)}.pt" for commands in rows.values())
         evaluation = f"evaluate.py --policies {policies} --samples 0 --save study_evaluation.json"
-        self.commands = list(dict.fromkeys([world, *training, evaluation]))  # what several rows need is there once
+        self.commands = list(dict.fromkeys([world, *training, evaluation, *last]))  # what several rows need: once
         path = folder / "commands.json"
         self.record = json.loads(path.read_text("utf-8")) if path.exists() else {}
 
@@ -186,22 +243,22 @@ def run_folder(run: Run, threads: int, stop: threading.Event, bar: tqdm) -> None
 def read_row(run: Run, row: str) -> dict[str, float]:
     """What evaluate.py measured of a row's policy, the entropy a token at the end of its PPO, and the updates, tokens
     generated by split.py and PPO, and seconds that it took."""
-    evaluation = json.loads((run.folder / "study_evaluation.json").read_text("utf-8"))
-    steps = [step for command in STUDY[row] for step in read_log(run.folder / f"{saved_as([command])}.jsonl")]
+    evaluation, commands = json.loads((run.folder / "study_evaluation.json").read_text("utf-8")), run.rows[row]
+    steps = [step for command in commands for step in read_log(run.folder / f"{saved_as([command])}.jsonl")]
     tokens = sum(step["generated"] if "generated" in step else step["tokens_per_second"] * step["seconds"]
                  for step in steps if "updates" in step)  # split.py's and PPO's steps
-    last = read_log(run.folder / f"{saved_as(STUDY[row])}.jsonl")[-4:]
+    last = read_log(run.folder / f"{saved_as(commands)}.jsonl")[-4:]
     entropies = [step["entropy"] for step in last if "entropy" in step] or [math.nan]
     took = {"updates": sum(step.get("updates", 1) for step in steps), "tokens": tokens,
-            "seconds": sum(run.record[command]["seconds"] for command in STUDY[row]),
+            "seconds": sum(run.record[command]["seconds"] for command in commands),
             "entropy": sum(entropies) / len(entropies)}
-    return evaluation[saved_as(STUDY[row])] | took
+    return evaluation[saved_as(commands)] | took
 
 
-def read_numbers(runs: list[Run]) -> Numbers:
-    """The numbers of all rows of these runs, which have the same rows."""
+def read_numbers(runs: list[Run], rows: list[str]) -> Numbers:
+    """The numbers of these rows of the runs."""
     numbers = {}
-    for row in runs[0].rows:
+    for row in rows:
         seeds = [read_row(run, row) for run in runs]
         numbers[row] = {key: torch.tensor([seed[key] for seed in seeds]).double() for key, _ in COLUMNS.values()}
     return numbers
@@ -244,101 +301,202 @@ def ppo_curves(runs: list[Run], row: str) -> dict[str, torch.Tensor]:
     """Gold and model reward of the answers that PPO trains on, means over any 4 successive steps: [runs, steps − 3]."""
     curves = {"gold": [], "reward model": []}
     for run in runs:
-        log = read_log(run.folder / f"{saved_as(STUDY[row])}.jsonl")
+        log = read_log(run.folder / f"{saved_as(run.rows[row])}.jsonl")
         curves["gold"].append([step["gold_reward"] for step in log])
         curves["reward model"].append([step["score"] for step in log])
     return {name: torch.tensor(values).double().unfold(1, 4, 1).mean(2) for name, values in curves.items()}
 
 
-def ppo_table(curves: Numbers) -> str:
-    """Those rewards on the way; the last one's standard deviation over runs; and how far it is below the best of its
-    own run. curves: row → what ppo_curves gives."""
+def ppo_table(curves: Numbers, level: float) -> str:
+    """Those rewards on the way; the last one's standard deviation over runs; how far it is below the best of its own
+    run; and the step at which gold first is at `level`, mean of the runs that get there. curves: row → ppo_curves."""
     places = torch.linspace(0, curves["MPO"]["gold"].shape[1] - 1, 5).round().long().tolist()
-    rows = [["", *(f"steps {place + 1}–{place + 4}" for place in places), "deviation", "fall from best"]]
+    rows = [["", *(f"steps {place + 1}–{place + 4}" for place in places), "deviation", "fall from best",
+             f"steps to gold {level:.2f}"]]
     for row, known in curves.items():
         for name, values in known.items():
             cells = [SPREAD.format(*mean_and_error(values[:, place])) for place in places]
-            cells += [f"{values[:, -1].std():.2f}", f"{(values.max(1).values - values[:, -1]).mean():.2f}"]
+            cells += [f"{values[:, -1].std():.2f}", f"{(values.max(1).values - values[:, -1]).mean():.2f}", ""]
+            there = values >= level
+            if name == "gold" and there.any():
+                first = there.int().argmax(1)[there.any(1)] + 4.0
+                cells[-1] = f"{first.mean():.1f} ({len(first)} of {len(values)} seeds)"
             rows.append([f"{row}: gold" if name == "gold" else f"  {name}", *cells])
     return aligned(rows)
 
 
-def draw_figures(folder: Path, numbers: Numbers, curves: Numbers, noise: dict[float, Numbers]) -> None:
-    """rewards.png: rewards against KL from SFT, a point a policy. ppo.png: rewards while PPO trains, a thin line a run,
-    a thick one for their mean. noise.png: gold reward against label temperature."""
+def tuning_table(numbers: Numbers, rows: list[str]) -> str:
+    """Gold reward of these rows by setting; * is each one's best."""
+    tables = []
+    for stage, choices in GRID.items():
+        lines = [["steps, β" if stage == "dpo.py" else "KL price", *map(str, choices)]]
+        for row in rows:
+            if (stage == "dpo.py") == row.startswith("DPO"):
+                golds = [numbers[f"{row}: {choice}"]["gold_reward"] for choice in choices]
+                best = max(gold.mean() for gold in golds)
+                cells = [SPREAD.format(*mean_and_error(gold)) + " *"[gold.mean() == best] for gold in golds]
+                lines.append([row, *cells])
+        tables.append(aligned(lines))
+    return "\n".join(tables)
+
+
+def shift_accuracies(run: Run, data: str) -> dict[str, float]:
+    """How often the reward model, and the implicit reward log π − log π_SFT of either DPO policy, order two responses
+    as gold does: of up to 512 pairs of a file with gold rewards 0.5 to 1 apart, so that no file's are far easier.
+    "gold gap" is the mean one of all pairs of the file."""
+    settings, device = DPOSettings(out=str(run.folder), device="cpu"), torch.device("cpu")
+    pairs = load_pairs(settings, data)
+    distance = (pairs.gold[:, 0] - pairs.gold[:, 1]).abs()
+    pairs = pairs.select(((distance >= 0.5) & (distance <= 1)).nonzero()[:512, 0])
+    better = pairs.gold.argsort(dim=1, descending=True)  # (n, 2): the better side, then the other
+    documents, logprobs = list(pairs), {}
+    for name in ("sft", *IMPLICIT.values()):
+        policy, _ = load_model(settings, f"{name}.pt", GPT)
+        logprobs[name] = all_logprobs(settings, policy, documents, device)
+    model, _ = load_model(settings, "reward.pt", RewardModel)
+    rewards = {"reward model": score_pairs(model, pairs, device)}
+    rewards |= {f"{row}, implicit": logprobs[name] - logprobs["sft"] for row, name in IMPLICIT.items()}
+    accuracies = {name: ranking_accuracy(values.gather(1, better)) for name, values in rewards.items()}
+    return {"pairs": len(pairs), "gold gap": distance.mean().item()} | accuracies
+
+
+def shift_table(runs: list[Run]) -> str:
+    """Those accuracies for the data's held-back pairs, and for the best and worst of four of each policy's answers."""
+    rows = []
+    for row, data in {"data": "test.pt", **{row: f"shift_{name}.pt" for row, name in SHIFTED.items()}}.items():
+        found = [shift_accuracies(run, data) for run in runs]
+        values = {name: torch.tensor([one[name] for one in found]).double() for name in found[0]}
+        rows = rows or [["responses of", *values]]
+        forms = {"pairs": "{:.0f} ± {:.0f}", "gold gap": SPREAD}
+        cells = [forms.get(name, "{:.1%} ± {:.1%}").format(*mean_and_error(value)) for name, value in values.items()]
+        rows.append([row, *cells])
+    return aligned(rows)
+
+
+def draw_lines(axis, lines: dict[str, torch.Tensor], places: list, label: str) -> None:
+    """Draws a line a row, [seeds, places] each, with standard errors, MPO strongest and first; names at their ends."""
+    last = sorted(lines, key=lambda row: lines[row][:, -1].mean().item())
+    heights = torch.tensor([lines[row][:, -1].mean().item() for row in last])
+    means = torch.stack([values.mean(0) for values in lines.values()])
+    for place in range(1, len(last)):  # names do not lie on each other
+        heights[place] = max(heights[place], heights[place - 1] + (means.max() - means.min()) / 14)
+    for row, height in zip(last, heights.tolist(), strict=True):
+        points = [mean_and_error(values) for values in lines[row].T]
+        colour, wide = COLOURS.get(row, "#7f7f7f"), 3 if row == "MPO" else 1.5
+        axis.errorbar(places, *torch.tensor(points).T, marker="o", color=colour, linewidth=wide, capsize=3, zorder=wide)
+        axis.annotate(row, (places[-1], height), xytext=(8, 0), textcoords="offset points", color=colour, va="center")
+    axis.set(xlabel=label, xticks=places, ylabel="gold reward, mean ± standard error")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def draw_study(folder: Path, golds: dict[str, torch.Tensor], curves: Numbers, noise: dict[float, Numbers]) -> None:
+    """study.png: gold reward by policy, a dot a seed; while PPO trains; and by label temperature."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
-    colours = defaultdict(lambda: "#cc79a7", SFT="#7f7f7f", DPO="#0072b2", PPO="#d55e00", MPO="#009e73")
-    for axis, key, title in zip(axes, ("gold_reward", "reward"), ("gold reward", "reward model's reward"), strict=True):
-        for (row, values), marker in zip(numbers.items(), itertools.cycle("osD^vPX*"), strict=False):
-            (kl, kl_error), (reward, error) = mean_and_error(values["kl"]), mean_and_error(values[key])
-            axis.errorbar(kl, reward, error, kl_error, marker, color=colours[row[:3]], label=row, capsize=2)
-        axis.set_xscale("function", functions=(lambda kl: kl.clip(0) ** 0.5, lambda root: root**2))
-        axis.set(xlabel="KL from SFT, nats an answer (root scale)", ylabel=title, xlim=(0, None))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
-    figure.savefig(folder / "rewards.png")
-    figure, axes = pyplot.subplots(1, len(curves), sharey=True, squeeze=False, layout="constrained", figsize=(15, 3))
-    for axis, (row, known) in zip(axes[0], curves.items(), strict=True):
-        for (name, values), colour in zip(known.items(), ("#0072b2", "#d55e00"), strict=True):
-            steps = range(4, 4 + values.shape[1])
-            axis.plot(steps, values.T, color=colour, linewidth=0.7, alpha=0.5)
-            axis.plot(steps, values.mean(0), color=colour, linewidth=2)
-            axis.text(steps[-1], values[:, -1].mean() + 0.05, name, color=colour, ha="right")
-        axis.set(xlabel="PPO step", ylabel="reward, means of 4 steps", title=row)
-    figure.savefig(folder / "ppo.png")
-    if noise:
-        figure, axis = pyplot.subplots(layout="constrained")
-        for row in NOISE_ROWS:
-            points = torch.tensor([mean_and_error(one[row]["gold_reward"]) for one in noise.values()])  # [n, 2]
-            axis.errorbar(list(noise), *points.T, marker="o", capsize=3, label=row)
-        axis.set(xlabel="label temperature", xticks=list(noise), ylabel="gold reward, mean ± standard error")
-        axis.legend()
-        figure.savefig(folder / "noise.png")
+    figure, axes = pyplot.subplots(1, 3 if len(noise) > 1 else 2, figsize=(16 if len(noise) > 1 else 11, 4.2),
+                                   layout="constrained")
+    rows = sorted(DRAWN, key=lambda row: golds[row].mean().item())
+    for place, row in enumerate(rows):
+        colour, size = COLOURS.get(row, "#7f7f7f"), 90 if row == "MPO" else 40
+        axes[0].scatter(golds[row], [place] * len(golds[row]), 12, color=colour, alpha=0.5)
+        axes[0].scatter(golds[row].mean(), place, size, color=colour, zorder=3)
+    axes[0].set(yticks=range(len(rows)), yticklabels=rows, xlabel="gold reward (small: each seed; large: their mean)")
+    axes[0].spines[["top", "right"]].set_visible(False)
+    steps = [4, 8, 16, 24, 32]  # the means over the 4 steps that end there
+    drawn = {row: curves[row]["gold"][:, [step - 4 for step in steps]] for row in PPO_ROWS if row in COLOURS}
+    draw_lines(axes[1], drawn, steps, "PPO step")
+    axes[1].set_ylabel("gold reward of PPO's own answers, 4 steps")
+    if len(noise) > 1:
+        lines = {row: torch.stack([one[row]["gold_reward"] for one in noise.values()], 1) for row in NOISE_ROWS}
+        draw_lines(axes[2], lines, list(noise), "label temperature (0: no label is wrong)")
+    figure.savefig(folder / "study.png")
 
 
-def main() -> None:
-    """Runs what the study lacks, prints its tables, and writes study.json and the figures."""
-    # 1. A folder for each seed, and one for each other label temperature and seed.
-    settings = parse_settings(Settings, __doc__)
-    folder, seeds, noisy = Path(settings.out).resolve(), range(settings.seed, settings.seed + settings.seeds), {}
-    runs = [Run(folder / f"seed{seed}", seed, list(STUDY)) for seed in seeds]
-    for temperature in NOISE if settings.noise_seeds else []:
-        noisy[temperature] = runs[: settings.noise_seeds]
-        if temperature != TOY_TEMPERATURE:
-            at, world = folder / f"temperature{temperature}", f"{WORLD} --label-temperature {temperature}"
-            noisy[temperature] = [Run(at / run.folder.name, run.seed, NOISE_ROWS, world) for run in noisy[temperature]]
+def draw_tuning(folder: Path, numbers: Numbers) -> None:
+    """tuning.png: gold reward by KL price."""
+    from matplotlib import pyplot
 
-    # 2. Run what is not done, folders side by side. When a command fails, or on Ctrl-C, the others save and end too.
-    everything = list(dict.fromkeys(sum(noisy.values(), runs)))
-    parallel = min(settings.parallel or (1 if torch.cuda.is_available() else CORES), len(everything))
+    figure, axis = pyplot.subplots(layout="constrained", figsize=(7, 4.2))
+    prices = GRID["ppo.py"]
+    rows = [row for row in BEST[TOY_TEMPERATURE] if row in COLOURS and not row.startswith("DPO")]
+    lines = {row: torch.stack([numbers[f"{row}: {price}"]["gold_reward"] for price in prices], 1) for row in rows}
+    draw_lines(axis, lines, prices, "KL price")
+    figure.savefig(folder / "tuning.png")
+
+
+def plan(settings: Settings) -> dict[float, list[Run]]:
+    """Label temperature → a folder for each of its seeds."""
+    runs, folder = {}, Path(settings.out).resolve()
+    for temperature in BEST:
+        at_home = temperature == TOY_TEMPERATURE
+        if settings.tune:
+            rows = tuning(BEST[temperature])
+        else:
+            rows = STUDY if at_home else {row: methods(BEST[temperature])[row] for row in NOISE_ROWS}
+        place = folder if at_home else folder / f"temperature{temperature:g}"
+        world = WORLD if at_home else f"{WORLD} --label-temperature {temperature:g}"
+        seeds = range(settings.seed, settings.seed + (settings.seeds if at_home else settings.noise_seeds))
+        last = SHIFT if at_home and not settings.tune else ()
+        runs[temperature] = [Run(place / f"seed{seed}", seed, rows, world, last) for seed in seeds]
+    return {temperature: group for temperature, group in runs.items() if group}
+
+
+def execute(runs: list[Run], parallel: int) -> None:
+    """Runs what is not done, folders side by side. When a command fails, or on Ctrl-C, the others save and end too."""
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: what a shell starts in the background ignores it
         signal.signal(number, signal.default_int_handler)
-    stop, bar = threading.Event(), tqdm(total=sum(len(run.commands) for run in everything), unit="command")
+    stop, bar = threading.Event(), tqdm(total=sum(len(run.commands) for run in runs), unit="command")
     with bar, ThreadPoolExecutor(parallel) as pool:
-        futures = [pool.submit(run_folder, run, max(1, CORES // parallel), stop, bar) for run in everything]
+        futures = [pool.submit(run_folder, run, max(1, CORES // parallel), stop, bar) for run in runs]
         try:
             for future in as_completed(futures):
                 future.result()  # raises what run_folder raised
         finally:
             stop.set()
 
-    # 3. Tables and figures: every policy, and what MPO is ahead of each by; the course of PPO; label temperatures.
-    numbers, curves = read_numbers(runs), {row: ppo_curves(runs, row) for row in PPO_ROWS}
-    noise = {temperature: read_numbers(group) for temperature, group in noisy.items()}
-    golds = {row: values["gold_reward"] for row, values in numbers.items()}
-    print(f"toy world, mean ± standard error over {settings.seeds} seeds. What a policy takes beyond SFT, its reward "
-          "model included:\noptimiser updates, tokens that PPO generated, seconds with other commands beside it\n\n"
-          f"{study_table(numbers)}\n\npaired by seed, gold reward\n{lead_table(golds)}\n\n"
-          "reward of the answers that PPO trains on, 128 a step: mean ± standard error over seeds\n"
-          f"{ppo_table(curves)}")
-    if noise:
-        print("\ngold reward by label temperature (at 0 no label is wrong), mean ± standard error "
-              f"over {len(noisy[NOISE[0]])} seeds\n{noise_table(noise)}")
-    content = {"seeds": list(seeds), "methods": numbers, "label_temperatures": noise}
-    write_file(folder / "study.json", json.dumps(content, indent=1, default=torch.Tensor.tolist) + "\n")
+
+def report_tuning(settings: Settings, runs: dict[float, list[Run]]) -> dict:
+    """Prints how each method did with each of its settings. Returns the numbers."""
+    numbers = {temperature: read_numbers(group, list(group[0].rows)) for temperature, group in runs.items()}
+    for temperature, known in numbers.items():
+        print(f"label temperature {temperature:g}: gold reward by setting, mean ± standard error over "
+              f"{len(runs[temperature])} seeds; *: the method's best\n{tuning_table(known, list(BEST[temperature]))}\n")
     if settings.figure:
-        draw_figures(folder, numbers, curves, noise)
+        draw_tuning(Path(settings.out), numbers[TOY_TEMPERATURE])
+    return numbers
+
+
+def report_study(settings: Settings, runs: dict[float, list[Run]]) -> dict:
+    """Prints every policy, and what MPO is ahead of each by; the course of PPO; the accuracy of rewards on own answers;
+    label temperatures. Returns the numbers."""
+    home = runs[TOY_TEMPERATURE]
+    numbers, curves = read_numbers(home, list(STUDY)), {row: ppo_curves(home, row) for row in PPO_ROWS}
+    golds = {row: values["gold_reward"] for row, values in numbers.items()}
+    level = curves[PPO_ROWS[0]]["gold"][:, -1].mean().item()
+    print(f"toy world, mean ± standard error over {len(home)} seeds. What a policy takes beyond SFT, its reward "
+          "model included:\noptimiser updates, tokens generated by PPO and split.py, seconds beside another command"
+          f"\n\n{study_table(numbers)}\n\npaired by seed, gold reward\n{lead_table(golds)}\n\n"
+          "reward of the answers that PPO trains on, 128 a step: mean ± standard error over seeds\n"
+          f"{ppo_table(curves, level)}\n\nhow often rewards order two responses as gold does, "
+          f"where gold differs by 0.5 to 1\n{shift_table(home)}")
+    noise = {temperature: read_numbers(runs[temperature][: settings.noise_seeds], NOISE_ROWS)
+             for temperature in sorted(runs)}
+    if len(noise) > 1:
+        print("\ngold reward by label temperature (at 0 no label is wrong), mean ± standard error "
+              f"over {settings.noise_seeds} seeds\n{noise_table(noise)}")
+    if settings.figure:
+        draw_study(Path(settings.out), golds, curves, noise)
+    return {"policies": numbers, "label_temperatures": noise}
+
+
+def main() -> None:
+    """Runs what the study lacks, prints its tables, and writes study.json and a figure."""
+    settings = parse_settings(Settings, __doc__)
+    runs = plan(settings)
+    everything = [run for group in runs.values() for run in group]
+    execute(everything, min(settings.parallel or (1 if torch.cuda.is_available() else CORES), len(everything)))
+    numbers = (report_tuning if settings.tune else report_study)(settings, runs)
+    write_file(Path(settings.out) / "study.json", json.dumps(numbers, indent=1, default=torch.Tensor.tolist) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,14 @@ from pathlib import Path
 import pytest
 import study
 import torch
-from study import STUDY, Run, lead_table, noise_table, ppo_curves, ppo_table, saved_as, study_table
+from conftest import make_pairs, plain_logprobs, plain_score, tiny, write
+from study import (
+    BEST, GRID, STUDY, Run, lead_table, methods, noise_table, ppo_curves, ppo_table, saved_as, shift_table, study_table,
+    tuning, tuning_table,
+)
 
 from model import UserError, parse_settings, settle
+from reward import RewardModel
 
 # A stage that trains nothing: it notes how it was called, does what a file for it says, and writes what it is asked to.
 FAKE_STAGE = """
@@ -46,9 +51,10 @@ def fake(tmp_path, monkeypatch):
     """A function that runs a study of few rows, with stages that train nothing; and the folders of both seeds."""
     for script in ("model", "reward", "split", "dpo", "ppo", "evaluate"):
         (tmp_path / f"{script}.py").write_text(FAKE_STAGE)
-    rows = ["SFT", "DPO on easy", "MPO"]
-    few = {"ROOT": tmp_path, "STUDY": {row: STUDY[row] for row in rows}, "NOISE": [0.0, 2.0, 3.0], "NOISE_ROWS": rows}
-    for name, value in {**few, "PPO_ROWS": ["MPO"]}.items():
+    rows = ["SFT", "MPO's DPO alone", "MPO"]
+    best = {temperature: {"MPO": 0.1, "MPO, random split": 0.1, **BEST[2.0]} for temperature in (2.0, 0.0, 3.0)}
+    few = {"ROOT": tmp_path, "STUDY": {row: STUDY[row] for row in rows}, "NOISE_ROWS": rows, "BEST": best}
+    for name, value in {**few, "PPO_ROWS": ["MPO"], "SHIFT": (), "shift_table": lambda runs: ""}.items():
         monkeypatch.setattr(study, name, value)
     monkeypatch.chdir(tmp_path)
     folders = tmp_path / "out of it" / "seed7", tmp_path / "out of it" / "seed8"
@@ -73,13 +79,14 @@ def calls(folder: Path) -> list[str]:
 
 def expected(world: str = study.WORLD) -> list[str]:
     """A folder's commands as the fake stages note them."""
-    return [command.replace(".py", "", 1) for command in Run(Path("none"), 7, list(study.STUDY), world).commands]
+    return [command.replace(".py", "", 1) for command in Run(Path("none"), 7, study.STUDY, world).commands]
 
 
-def test_commands_read_what_was_written_before_and_have_equal_budgets_but_where_the_name_says_otherwise(monkeypatch):
-    """And no two write the same file."""
+def test_commands_read_what_was_written_before_and_no_two_write_the_same_file(monkeypatch):
+    """DPO on all, PPO and MPO differ in steps and prices alone, and each row in nothing but its tuned settings."""
+    best = {"DPO on all": (256, 0.2), "DPO on easy": (128, 0.4)} | {row: 0.7 for row in BEST[2.0] if row[:3] != "DPO"}
     makers, budgets = {}, set()
-    for row, commands in STUDY.items():
+    for commands in (methods(best) | study.related(best)).values():
         written = {"pairs.pt", "test.pt", "sft.pt"}
         for command in commands:
             monkeypatch.setattr(sys, "argv", command.split())
@@ -91,14 +98,24 @@ def test_commands_read_what_was_written_before_and_have_equal_budgets_but_where_
             assert all(makers.setdefault(name, command) == command for name in saved)
             written |= saved
             if command.startswith("dpo.py"):
-                steps = one.steps * (2 if "2 rounds" in row else 1) // (4 if "256" in row else 1)
-                budgets.add((steps, one.batch_size, one.lr, one.beta))
+                budgets.add((one.steps, one.beta, one.batch_size, one.lr))
             if command.startswith("ppo.py"):
-                price = one.kl_coefficient * (6 if "KL price 0.05" in row else 1)
-                budgets.add((one.steps, one.batch_size, one.ppo_epochs, one.lr, round(price, 9)))
+                budgets.add((one.steps, one.kl_coefficient, one.batch_size, one.ppo_epochs, one.lr))
     assert len({saved_as(commands) for commands in STUDY.values()}) == len(STUDY)
-    assert budgets == {(64, 64, 5e-5, 0.1), (32, 128, 2, 3e-4, 0.3)}
-    assert STUDY["MPO"] == ["reward.py", "split.py", "dpo.py --steps 64", "ppo.py --steps 32"]  # no other flag
+    dpo = {(64, 0.1), (256, 0.2), (128, 0.4), (128, 0.2)}  # MPO's, on all, on easy, each of two rounds
+    assert budgets == {(*choice, 64, 5e-5) for choice in dpo} | {(32, 0.7, 128, 2, 3e-4)}
+
+
+def test_tuning_tries_every_setting_once_and_each_temperature_has_its_own():
+    """A row of BEST with a choice of GRID is that row with the choice, saved by another name."""
+    rows = tuning(BEST[2.0])
+    assert [row for row in rows if row.startswith("MPO: ")] == [f"MPO: {price}" for price in GRID["ppo.py"]]
+    assert len({saved_as(commands) for commands in rows.values()}) == len(rows) == 1 + 4 * len(BEST[2.0])
+    plain = methods(BEST[2.0] | {"DPO on easy": (256, 0.1)})["DPO on easy"]
+    assert rows["DPO on easy: (256, 0.1)"] == [*plain[:-1], plain[-1].replace("dpo_easy.pt", "dpo_easy_2.pt")]
+    for best in BEST.values():
+        assert all(best[row] in GRID["dpo.py" if row.startswith("DPO") else "ppo.py"] for row in best)
+        assert {row for row in study.NOISE_ROWS if row != "SFT"} <= best.keys()
 
 
 def test_each_command_runs_once_in_order_and_never_again(fake, capsys):
@@ -110,7 +127,8 @@ def test_each_command_runs_once_in_order_and_never_again(fake, capsys):
     call("--noise-seeds 2")
     assert capsys.readouterr().out == first and "MPO against" in first
     call("--seeds 3 --noise-seeds 2")
-    noise = {f"temperature{noise}": f" --label-temperature {noise}" for noise in (0.0, 3.0)}
+    assert f"gold {0.5:.2f}" in first and "label temperature" in first
+    noise = {f"temperature{noise}": f" --label-temperature {noise}" for noise in (0, 3)}
     made = {path.parent.relative_to(folder.parent) for path in folder.parent.rglob("called.txt")}
     assert made == {Path(place, f"seed{seed}") for place in ("", *noise) for seed in (7, 8)} | {Path("seed9")}
     for place in made:
@@ -118,9 +136,9 @@ def test_each_command_runs_once_in_order_and_never_again(fake, capsys):
         assert calls(folder.parent / place)[-1].startswith("evaluate --policies sft.pt dpo.pt ppo.pt ")
     record, keys = json.loads((folder / "commands.json").read_text()), ("updates", "tokens", "kl", "seconds")
     seconds = sum(record[command]["seconds"] for command in STUDY["MPO"])
-    methods = json.loads((folder.parent / "study.json").read_text())["methods"]
-    assert [methods["MPO"][key][0] for key in keys] == [5 + 5 + 5 * 16, 5 * 100, 2, pytest.approx(seconds)]
-    assert [methods["SFT"][key] for key in keys] == [[0] * 3] * 4
+    policies = json.loads((folder.parent / "study.json").read_text())["policies"]
+    assert [policies["MPO"][key][0] for key in keys] == [5 + 5 + 5 * 16, 5 * 100, 2, pytest.approx(seconds)]
+    assert [policies["SFT"][key] for key in keys] == [[0] * 3] * 4
 
 
 def test_a_failure_is_named_and_stops_the_others_and_the_next_call_goes_on(fake):
@@ -179,6 +197,10 @@ def test_tables_by_hand():
     lines = lead_table({"SFT": torch.tensor([0.0, 10.0]), "MPO": torch.tensor([1.0, 13.0])}).splitlines()
     assert [re.split("  +", line) for line in lines] == [
         ["MPO against", "lead", "seeds won"], ["SFT", "+2.00 ± 1.00 (-10.71 to +14.71)", "100% (34% to 100%)"]]
+    tried = make_numbers(**{f"MPO: {price}": [price, 3 * price] for price in GRID["ppo.py"]})
+    header, line = tuning_table(tried, ["MPO"]).splitlines()[1:]
+    assert header.split() == ["KL", "price", "0.05", "0.1", "0.2", "0.3"]
+    assert re.split("  +", line) == ["MPO", "0.10 ± 0.05", "0.20 ± 0.10", "0.40 ± 0.20", "0.60 ± 0.30*"]
     none, most = (make_numbers(**dict.fromkeys(study.NOISE_ROWS, gold)) for gold in ((3.0, 5.0), (2.0, 3.0)))
     header, *lines = noise_table({0.0: none, 3.0: most}).splitlines()
     assert header.split() == ["label", "temperature", "0", "3", "0", "less", "3"]
@@ -187,8 +209,9 @@ def test_tables_by_hand():
 
 
 def test_course_of_ppo_by_hand(tmp_path):
-    """Two runs that rise to 2 and fall to 1, and to 0: at the end 0.5 ± 0.5, deviation √½, 1.5 below the best."""
-    runs = [Run(tmp_path / name, 0, ["MPO"]) for name in "ab"]
+    """Two runs that rise to 2 and fall to 1, and to 0: at the end 0.5 ± 0.5, deviation √½, 1.5 below the best. Both
+    reach 1.5 as a mean of steps 4 to 7; no score is ever at 5."""
+    runs = [Run(tmp_path / name, 0, {"MPO": STUDY["MPO"]}) for name in "ab"]
     for run, end in zip(runs, (1.0, 0.0), strict=True):
         run.folder.mkdir()
         golds = enumerate([0.0] * 4 + [2.0] * 4 + [end] * 4)
@@ -196,23 +219,55 @@ def test_course_of_ppo_by_hand(tmp_path):
         (run.folder / "ppo.jsonl").write_text("\n".join(lines))
     curves = ppo_curves(runs, "MPO")
     assert curves["gold"][0].tolist() == [0, 0.5, 1, 1.5, 2, 1.75, 1.5, 1.25, 1]
-    header, gold, score = (re.split("  +", line.strip()) for line in ppo_table({"MPO": curves}).splitlines())
-    assert header == ["steps 1–4", "steps 3–6", "steps 5–8", "steps 7–10", "steps 9–12", "deviation", "fall from best"]
-    assert [gold[0], gold[1], *gold[-3:]] == ["MPO: gold", "0.00 ± 0.00", "0.50 ± 0.50", "0.71", "1.50"]
+    header, gold, score = (re.split("  +", line.strip()) for line in ppo_table({"MPO": curves}, 1.5).splitlines())
+    assert header[:5] == ["steps 1–4", "steps 3–6", "steps 5–8", "steps 7–10", "steps 9–12"]
+    assert header[5:] == ["deviation", "fall from best", "steps to gold 1.50"]
+    assert [*gold[:2], *gold[-4:]] == ["MPO: gold", "0.00 ± 0.00", "0.50 ± 0.50", "0.71", "1.50", "7.0 (2 of 2 seeds)"]
     assert score[-2:] == ["1.41", "3.00"]  # the score is twice as high
+
+
+def test_accuracies_on_own_answers_by_the_plain_way_through_the_models(tmp_path, documents):
+    """Of nine pairs six have gold rewards 0.5 to 1 apart; of two of these the rejected response is the better one."""
+    gold = torch.tensor([[1, 0], [0, 0], [3, 0], [0, 1], [1, 0.5], [0.25, 0], [2, 1], [0, 0.5], [1.5, 1]])
+    models = {name: tiny(seed) for seed, name in enumerate(("sft", *study.IMPLICIT.values()))}
+    names = {f"shift_{name}": make_pairs(documents, gold=gold.flip(1)) for name in study.SHIFTED.values()}
+    write(tmp_path, reward=RewardModel(tiny(9)), test=make_pairs(documents, gold=gold), **models, **names)
+    header, data, *others = (re.split("  +", line) for line in shift_table([Run(tmp_path, 0, {})] * 2).splitlines())
+    assert header[:4] == ["responses of", "pairs", "gold gap", "reward model"]
+
+    def share(score) -> str:
+        right = []
+        for (prompt, *sides), known in zip(documents, gold.tolist(), strict=True):
+            if 0.5 <= abs(known[0] - known[1]) <= 1:
+                right.append((score(prompt, sides[0]) > score(prompt, sides[1])) == (known[0] > known[1]))
+        return f"{sum(right) / len(right):.1%} ± 0.0%"
+
+    scores = [lambda *parts: plain_score(RewardModel(tiny(9)), *parts)]
+    for name in study.IMPLICIT.values():
+        scores.append(lambda *parts, name=name: (
+            plain_logprobs(models[name], *parts).sum() - plain_logprobs(models["sft"], *parts).sum()))
+    assert data == ["data", "6 ± 0", f"{gold.diff(dim=1).abs().mean():.2f} ± 0.00", *map(share, scores)]
+    opposite = [f"{100 - float(cell.split('%')[0]):.1f}% ± 0.0%" for cell in data[3:]]
+    assert [row[0] for row in others] == list(study.SHIFTED) and all(row[3:] == opposite for row in others)
 
 
 def test_figures_show_their_numbers(tmp_path):
     """Points and lines, read back from what matplotlib was given."""
     pyplot = pytest.importorskip("matplotlib.pyplot")
-    curves = {"MPO": {"gold": torch.ones(2, 3), "reward model": torch.zeros(2, 3)}}
+    golds = {row: torch.tensor([float(place), place + 2.0]) for place, row in enumerate(study.DRAWN)}
+    curves = {row: {"gold": torch.arange(29.0).repeat(2, 1)} for row in study.PPO_ROWS}
     same, worse = (make_numbers(**dict.fromkeys(study.NOISE_ROWS, gold)) for gold in ((4.0, 4.0), (3.0, 4.0)))
-    study.draw_figures(tmp_path, make_numbers(SFT=[1.0, 3.0], MPO=[2.0, 6.0]), curves, {0.0: same, 3.0: worse})
-    rewards, ppo, noise = (pyplot.figure(number).axes[0] for number in pyplot.get_fignums()[-3:])
-    points = [tuple(line.get_xydata()[0]) for line in rewards.lines if line.get_marker() in "os"]
-    assert points == [(0.5, 2), (0.5, 4)]
-    assert [text.get_text() for text in ppo.texts] == ["gold", "reward model"]
-    assert ppo.lines[0].get_xydata().tolist() == [[4, 1], [5, 1], [6, 1]]
-    assert noise.get_legend_handles_labels()[1] == study.NOISE_ROWS
+    study.draw_study(tmp_path, golds, curves, {0.0: same, 3.0: worse})
+    by_row, course, noise = pyplot.figure(pyplot.get_fignums()[-1]).axes
+    assert [label.get_text() for label in by_row.get_yticklabels()] == study.DRAWN
+    means = [dots.get_offsets()[0].tolist() for dots in by_row.collections if len(dots.get_offsets()) == 1]
+    assert means == [[place + 1, place] for place in range(len(study.DRAWN))]
+    assert course.lines[0].get_xydata().tolist() == [[4, 0], [8, 4], [16, 12], [24, 20], [32, 28]]
+    assert {text.get_text() for text in noise.texts} == {*study.NOISE_ROWS}
     assert noise.lines[0].get_xydata().tolist() == [[0, 4], [3, 3.5]]
-    assert {path.name for path in tmp_path.glob("*.png")} == {"rewards.png", "ppo.png", "noise.png"}
+    tried = {f"{row}: {choice}": {"gold_reward": torch.tensor([choice, 3 * choice])}
+             for row in BEST[2.0] for choice in GRID["ppo.py"]}
+    study.draw_tuning(tmp_path, tried)
+    line = pyplot.figure(pyplot.get_fignums()[-1]).axes[0].lines[0].get_xydata()
+    assert line == pytest.approx(torch.tensor([[0.05, 0.1], [0.1, 0.2], [0.2, 0.4], [0.3, 0.6]]).numpy())
+    assert {path.name for path in tmp_path.glob("*.png")} == {"study.png", "tuning.png"}

@@ -419,6 +419,10 @@ class Packed:
     `source`, the index of the token before it on its branch, whose hidden state predicts it; `target`, its id;
     `sequence`, its sequence's number; `offset`, its place in the response. `last`: index of each sequence's last token
     (of a lone prompt: its own). `members`: for each document, its index in the list that was packed.
+
+    A prompt p q with the responses a b and c:
+        tokens  p q a b c     positions  0 1 2 3 2     document  0 0 0 0 0     branch  0 0 1 1 2
+        source  1 2 1     target  a b c     sequence  0 0 1     offset  0 1 0     last  3 4
     """
 
     tokens: Tensor

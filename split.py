@@ -173,16 +173,16 @@ def main() -> None:
     easy, threshold = easy_mask(gaps, settings.fraction, settings.threshold)
     if settings.by == "random":
         generator = torch.Generator().manual_seed(mixed_seed(settings.seed, 0))
-        easy = easy[torch.randperm(len(pairs), generator=generator)]
+        easy, threshold = easy[torch.randperm(len(pairs), generator=generator)], float("nan")
     parts = {"easy": pairs.select(easy.nonzero()[:, 0]), "hard": pairs.select((~easy).nonzero()[:, 0])}
 
     # 3. Write and report.
     for name, part in parts.items():
         part.save(settings, getattr(settings, name))
     wrong = None if pairs.gold is None else pairs.gold[:, 0] < pairs.gold[:, 1]
-    print(f"reward gaps of {len(pairs)} pairs, γ = {threshold:.3f}:\n{histogram(gaps, wrong, threshold)}")
-    for name, part in parts.items():
-        print(describe(name, part))
+    cut = "split at random" if settings.by == "random" else f"γ = {threshold:.3f}"
+    print(f"reward gaps of {len(pairs)} pairs, {cut}:\n{histogram(gaps, wrong, threshold)}")
+    print(*(describe(name, part) for name, part in parts.items()), sep="\n")
     finish(settings, ["easy", "hard"], "python dpo.py", "--data {} --save NAME.pt")
 
 

@@ -383,7 +383,8 @@ def draw_lines(axis, lines: dict[str, torch.Tensor], places: list, label: str) -
     for row, height in zip(last, heights.tolist(), strict=True):
         points = [mean_and_error(values) for values in lines[row].T]
         colour, wide = COLOURS.get(row, "#7f7f7f"), 3 if row == "MPO" else 1.5
-        axis.errorbar(places, *torch.tensor(points).T, marker="o", color=colour, linewidth=wide, capsize=3, zorder=wide)
+        axis.errorbar(places, *torch.tensor(points).T, marker="o", color=colour, linewidth=wide, elinewidth=1.5,
+                      capsize=3, zorder=wide)
         axis.annotate(row, (places[-1], height), xytext=(8, 0), textcoords="offset points", color=colour, va="center")
     axis.set(xlabel=label, xticks=places, ylabel="gold reward, mean ± standard error")
     axis.spines[["top", "right"]].set_visible(False)
@@ -395,7 +396,8 @@ def draw_study(folder: Path, golds: dict[str, torch.Tensor], curves: Numbers, no
 
     figure, axes = pyplot.subplots(1, 3 if len(noise) > 1 else 2, figsize=(16 if len(noise) > 1 else 11, 4.2),
                                    layout="constrained")
-    rows = sorted(DRAWN, key=lambda row: golds[row].mean().item())
+    rows = sorted(DRAWN, key=lambda row: (row == "MPO", golds[row].mean().item()))  # MPO at the top
+    axes[0].axvline(golds["MPO"].mean(), color=COLOURS["MPO"], linewidth=0.8, linestyle=":")
     for place, row in enumerate(rows):
         colour, size = COLOURS.get(row, "#7f7f7f"), 90 if row == "MPO" else 40
         axes[0].scatter(golds[row], [place] * len(golds[row]), 12, color=colour, alpha=0.5)

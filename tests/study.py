@@ -161,7 +161,7 @@ PPO_ROWS = ["PPO from SFT, all", "PPO from SFT, hard", "PPO from DPO on all", "M
 NOISE_ROWS = ["SFT", "DPO on all", "DPO on easy", "PPO from SFT, all", "MPO", "MPO, random split"]
 SHIFTED = {"SFT": "sft", "DPO on all": "dpo_all", "DPO on easy": "dpo_easy", "PPO from SFT": "ppo_all", "MPO": "ppo"}
 IMPLICIT = {row: SHIFTED[row] for row in ("DPO on all", "DPO on easy")}
-SHIFT = [own(name, f"shift_{name}", "--data test.pt --chosen gold") for name in SHIFTED.values()]
+SHIFT = [own(name, f"shift_{name}", "--data test.pt --answers 2 --chosen gold") for name in SHIFTED.values()]
 SPREAD, ROUGH = "{:.2f} ± {:.2f}", "{:.1f} ± {:.1f}"  # mean and standard error
 LEAD, WON = "{0:+.2f} ± {1:.2f} ({2:+.2f} to {3:+.2f})", "{4:.0%} ({6:.0%} to {7:.0%})"  # of summarise's numbers
 COLUMNS = {"gold reward": ("gold_reward", SPREAD), "reward": ("reward", SPREAD),
@@ -342,12 +342,12 @@ def tuning_table(numbers: Numbers, rows: list[str]) -> str:
 
 def shift_accuracies(run: Run, data: str) -> dict[str, float]:
     """How often the reward model, and the implicit reward log π − log π_SFT of either DPO policy, order two responses
-    as gold does: of up to 512 pairs of a file with gold rewards 0.5 to 1 apart, so that no file's are far easier.
+    as gold does: of those pairs of a file whose gold rewards are 0.5 to 1 apart, so that no file's are far easier.
     "gold gap" is the mean one of all pairs of the file."""
     settings, device = DPOSettings(out=str(run.folder), device="cpu"), torch.device("cpu")
     pairs = load_pairs(settings, data)
     distance = (pairs.gold[:, 0] - pairs.gold[:, 1]).abs()
-    pairs = pairs.select(((distance >= 0.5) & (distance <= 1)).nonzero()[:512, 0])
+    pairs = pairs.select(((distance >= 0.5) & (distance <= 1)).nonzero()[:, 0])
     better = pairs.gold.argsort(dim=1, descending=True)  # (n, 2): the better side, then the other
     documents, logprobs = list(pairs), {}
     for name in ("sft", *IMPLICIT.values()):
@@ -361,7 +361,7 @@ def shift_accuracies(run: Run, data: str) -> dict[str, float]:
 
 
 def shift_table(runs: list[Run]) -> str:
-    """Those accuracies for the data's held-back pairs, and for the best and worst of four of each policy's answers."""
+    """Those accuracies for the data's held-back pairs, and for two answers of each policy to their prompts."""
     rows = []
     for row, data in {"data": "test.pt", **{row: f"shift_{name}.pt" for row, name in SHIFTED.items()}}.items():
         found = [shift_accuracies(run, data) for run in runs]

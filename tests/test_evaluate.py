@@ -181,20 +181,24 @@ def test_prompt_prints_every_policys_answer(run, out, capsys):
 
 
 def test_prompt_without_a_text_answers_each_line_as_it_comes_till_end_of_input(run, monkeypatch, out, capsys):
-    """A character is shown once it has all its bytes. What is too long is said to be, and the next line answered."""
+    """A character is shown once it has all its bytes. What is too long is said to be, and the next line answered.
+    Nothing is written."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{ASKED[0]}\n\n{'x' * 500}\n{ASKED[1]}\n"))
     asked, shown, answers = [], [], [[*LETTERS.encode("aé\N{OWL}b"), END], [END]]
 
     def fake(policy, prompts, end, count, temperature, seed, watch):
         if len(prompts[0]) > 200:
             raise UserError("too long")
+        assert torch.equal(policy.embedding.weight, SFT.embedding.weight) and (end, temperature) == (END, 0.5)
         asked.append((prompts[0].tolist(), count, seed))
         for token in answers.pop(0):
             watch(torch.tensor([token]))
             shown.append(capsys.readouterr())
 
     monkeypatch.setattr(evaluate, "generate", fake)
-    run(evaluate, "--seed 2 --prompt --model sft.pt")
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    run(evaluate, "--seed 2 --temperature 0.5 --prompt --model sft.pt")
+    assert before == {path: path.read_bytes() for path in out.iterdir()}
     assert asked == [(PROMPTS[0].tolist(), 96, mixed_seed(2, 0)), (PROMPTS[1].tolist(), 96, mixed_seed(2, 2))]
     assert [one.out for one in shown] == ["a", "", "é", "", "", "", "\N{OWL}", "b", "", "\n"]
     assert capsys.readouterr().out == "(nothing)\n" and "too long" in shown[-1].err

@@ -124,28 +124,30 @@ def test_command_heeds_threshold_gap_and_file_names(divide, tmp_path, capsys):
 
 # ---- Own answers, joined files, and what is trained on them ----
 
-ANSWERS = [  # to five prompts: three texts, of which those with … did not end, and their rewards
+ANSWERS = [  # to six prompts: three texts, of which those with … did not end, and their rewards
     ([" Sand the chair first.", " What a stupid question.", " Happy to help! …"], [1.0, 2.0, 3.0]),
     ([" Happy to help!", " Happy to help!", " Happy to help!"], [1.0, 2.0, 3.0]),
     ([" Happy to help!", " What a stupid question. …", " Anyway. …"], [1.0, 2.0, 3.0]),
     ([" Happy to help!", "", " Great question!"], [2.0, 1.0, 2.0]),
+    ([" Anyway.\n\nHuman: Why?", " What a stupid question.", " Happy to help!\n\nHuman: Why?"], [1.0, 2.0, 3.0]),
     ([" Carry the chair slowly.", " Anyway.", " Drink more water."], [2.0, 2.0, 2.0]),
 ]
 
 
 @pytest.mark.parametrize("chosen, texts, gold", [
     ("best", [(" What a stupid question.", " Sand the chair first.")], [[-1.0, 1.0]]),
-    ("gold", [(ANSWERS[0][0][0], " What a stupid question."), (ANSWERS[4][0][0], " Drink more water.")],
+    ("gold", [(ANSWERS[0][0][0], " What a stupid question."), (ANSWERS[5][0][0], " Drink more water.")],
      [[1.0, -1.0], [1.0, -0.5]]),
-    ("labelled", [(" Well.", ANSWERS[number][0][0]) for number in (0, 1, 2, 4)],
+    ("labelled", [(" Well.", ANSWERS[number][0][0]) for number in (0, 1, 2, 5)],
      [[-0.25, 1.0], [-0.25, 0.5], [-0.25, 0.5], [-0.25, 1.0]]),
 ])
 def test_own_answers_by_hand(run, monkeypatch, tmp_path, capsys, policy, reward_model, chosen, texts, gold):
-    """What makes no pair: equal texts, a lone one, an empty one, equal rewards or gold. Twos that differ by gold: one
-    of the first prompt, ordered wrongly; two of the fourth, rightly; three of the last, ties, each ½: 3.5 of 6."""
-    prompts = [spell(f"\n\nHuman: How do I {task} my old chair?\n\nAssistant:…") for task in ["paint"] * 4 + ["move"]]
+    """What makes no pair: equal texts, a lone one, an empty one, equal rewards or gold, a human's turn in the best, or
+    in the worst alone (for "labelled"). Twos that differ by gold: one of the first prompt, ordered wrongly; two of the
+    fourth, rightly; three of the fifth, one wrongly; three of the last, ties, each ½: 5.5 of 9."""
+    prompts = [spell(f"\n\nHuman: How do I {task} my old chair?\n\nAssistant:…") for task in ["paint"] * 5 + ["move"]]
     pairs = make_pairs([(prompt, spell(" Well."), spell(" Boil.")) for prompt in prompts], LETTERS, "toy")
-    pairs.gold, calls, scored = torch.tensor([[-0.25, 0.0]] * 5), [], []
+    pairs.gold, calls, scored = torch.tensor([[-0.25, 0.0]] * 6), [], []
 
     def generate(policy, prompts, *more):
         calls.append(more)
@@ -168,19 +170,16 @@ def test_own_answers_by_hand(run, monkeypatch, tmp_path, capsys, policy, reward_
     assert [tuple(LETTERS.decode(part) for part in found[index][1:]) for index in range(len(found))] == texts
     assert (found.gold.tolist(), found.source) == (gold, "toy")
     assert found.rewards[0].tolist() == {"best": [2, 1], "gold": [1, 2], "labelled": [9, 1]}[chosen]
-    assert "58.3% of 6 pairs of answers" in printed and f"80.0% ended; {5 - len(texts)} prompts make no pair" in printed
+    assert "61.1% of 9 pairs of answers" in printed and f"83.3% ended; {6 - len(texts)} prompts make no pair" in printed
     assert read_log(tmp_path / "easy.jsonl")[0]["generated"] == sum(len(spell(t)) for some, _ in ANSWERS for t in some)
 
 
-@pytest.mark.parametrize("flags, said", [
-    ("--easy same.pt --hard same.pt", "--easy same.pt"), ("--easy sub/same.pt", "--easy sub/same.pt"),
-    ("--policy sft.pt --chosen gold", "--chosen gold"), ("--policy sft.pt --max-new-tokens 1", "--policy sft.pt"),
-])
-def test_what_makes_no_two_files_of_pairs_leaves_none(run, tmp_path, policy, reward_model, documents, flags, said):
-    """One name for both, a name outside the folder; no gold is known; no answer ends."""
+@pytest.mark.parametrize("flags, said", [("--chosen gold", "--chosen gold"), ("--max-new-tokens 1", "--policy sft.pt")])
+def test_where_no_answers_make_a_pair_no_file_is_written(run, tmp_path, policy, reward_model, documents, flags, said):
+    """No gold is known; no answer ends."""
     write(tmp_path, pairs=documents, sft=policy, reward=reward_model)
     with pytest.raises(UserError, match=f"^{said}"):
-        run(split, flags)
+        run(split, f"--policy sft.pt {flags}")
     assert {path.name for path in tmp_path.rglob("*")} == {"pairs.pt", "sft.pt", "reward.pt"}
 
 

@@ -35,19 +35,17 @@ def outs(tmp_path_factory):
     """(folder of one process, folder of two, what the two printed)."""
     folder, environment = tmp_path_factory.mktemp("parallel"), {**os.environ, "OMP_NUM_THREADS": "1"}
     ways = {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
-    started = [
-        subprocess.Popen([sys.executable, *way, __file__, folder / name], stdout=subprocess.PIPE,
-                         stderr=subprocess.STDOUT, text=True, env=environment)
-        for name, way in ways.items()
-    ]
+    started, outputs = [], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    for name, way in ways.items():
+        command = [sys.executable, *way, __file__, folder / name]
+        started.append(subprocess.Popen(command, **outputs, env=environment))
     printed = [process.communicate(timeout=100)[0] for process in started]
     assert not any(process.returncode for process in started), printed
     return folder / "one", folder / "two", printed[1]
 
 
 def parts(path: Path) -> dict:
-    """What a file holds, by name: the weights and all else of a checkpoint, but of what made it only the data's id; or
-    the numbers of a log or a table."""
+    """What a file holds, by name: of what made a checkpoint the data's id alone."""
     if path.suffix == ".pt":
         held = content(path)
         return held | held.pop("weights", {}) | {"made": held["made"]["data"]}

@@ -10,26 +10,18 @@ from conftest import (
 
 import ppo
 from model import GPT, UserError, generate, load_model, mixed_seed, pack
-from ppo import (
-    Settings, advantages_and_returns, ppo_loss, roll_out, rollout_metrics, shaped_rewards, update, value_loss, whiten,
-)
+from ppo import advantages_and_returns, ppo_loss, roll_out, rollout_metrics, shaped_rewards, update, value_loss, whiten
 from reward import RewardModel
 
 LENGTHS = (5, 1, 9, 3, 12, 7, 2, 12)  # of the eight fixed answers below; those of 12 tokens did not end
 
 
 def make_settings(**changes):
-    return Settings(**{"max_new_tokens": 12, "kl_coefficient": 0.05, **changes})
+    return ppo.Settings(**{"max_new_tokens": 12, "kl_coefficient": 0.05, **changes})
 
 
-@pytest.fixture
-def reference():
-    return tiny(3)
-
-
-@pytest.fixture
-def critic():
-    return RewardModel(tiny(4))
+reference = pytest.fixture(lambda: tiny(3))
+critic = pytest.fixture(lambda: RewardModel(tiny(4)))
 
 
 @pytest.fixture
@@ -51,9 +43,6 @@ def gradients(*models):
     for model in models:
         model.zero_grad()
     return torch.cat(parts)
-
-
-# ---- The pure functions ----
 
 
 def test_1_shaped_rewards_by_hand():
@@ -97,16 +86,11 @@ def test_value_loss_by_hand():
     torch.testing.assert_close(values.grad, torch.tensor([0.0, 1.0, -1.9, 0.0]))
 
 
-# ---- Rollouts and updates ----
-
-
-@pytest.mark.parametrize("gamma, lam, penalty, matching", [
-    (1.0, 0.95, 1.0, 1.0), (0.9, 0.5, 2.5, 0.01), (1.0, 1.0, 2.5, 0.01), (1.0, 1.0, 0.0, 1.0),
-])
+@pytest.mark.parametrize("gamma, lam, penalty, matching", [(1.0, 0.95, 1.0, 1.0), (0.9, 0.5, 2.5, 0.01),
+                                                           (1.0, 1.0, 2.5, 0.01), (1.0, 1.0, 0.0, 1.0)])
 def test_1_2_4_and_5_advantages_and_returns_equal_loops_over_real_tokens(rollout, gamma, lam, penalty, matching):
-    """With γ = λ = 1 the first return is score − β ΣKL, less a penalty where an answer did not end; the log shows the
-    reward model's own score. Nothing is bootstrapped past the end; returns are formed first; then all real tokens are
-    whitened together; equal ones are finite: 0."""
+    """With γ = λ = 1 the first return is score − β ΣKL, less a penalty where an answer did not end. Nothing is
+    bootstrapped past the end; returns are formed first; then all real tokens are whitened together, equal ones to 0."""
     raw, settings = [], make_settings(gamma=gamma, gae_lambda=lam, missing_eos_penalty=penalty, matching=matching)
     silent = rollout.reference_logprobs.exp() > matching  # where the reference has no say
     assert 0 < silent[rollout.real].sum() < rollout.real.sum() or matching == 1.0
@@ -142,8 +126,7 @@ def test_6_the_end_of_text_token_gets_a_policy_gradient(rollout, policy, critic)
 
 @pytest.fixture
 def off_policy(rollout, policy, critic):
-    """Settings, a rollout, its advantages and returns, as a few steps would leave them: models that have moved since,
-    so that nothing is 0 or 1 by chance."""
+    """Settings, a rollout, its advantages and returns; the models have moved since, so that nothing is 0 or 1."""
     settings = make_settings(clip_ratio=0.1, clip_value=0.05, value_coefficient=0.5)
     advantages, returns = advantages_and_returns(settings, rollout)
     torch.manual_seed(6)
@@ -173,8 +156,7 @@ def slow_statistics(rollout, row, advantages, returns, policy, critic):
 
 @pytest.mark.parametrize("size", [1, 60])
 def test_8_and_9_gradients_and_statistics_do_not_depend_on_the_passes(monkeypatch, off_policy, policy, critic, size):
-    """All answers in one pass, and in several; and a minibatch is the mean of its pieces, weighted by tokens.
-    Statistics are means over its real tokens."""
+    """A minibatch is the mean of its pieces, weighted by tokens. Statistics are means over its real tokens."""
     settings, rollout, *targets = off_policy
     rows = torch.tensor([5, 0, 7, 2, 1, 6, 3, 4])
     totals = update(settings, rollout, rows, *targets, policy, critic)
@@ -210,9 +192,6 @@ def test_9_statistics_of_a_rollout_are_over_real_tokens(rollout):
     assert rollout_metrics(rollout, returns, LETTERS, "toy")["gold_reward"] == 0.25
 
 
-# ---- The command ----
-
-
 def recorded(monkeypatch, name):
     """Wraps ppo's function `name`; returns a list that gets (arguments by name, result) of every call."""
     plain, calls = getattr(ppo, name), []
@@ -227,10 +206,9 @@ def recorded(monkeypatch, name):
 
 
 def test_every_model_plays_its_part(run, monkeypatch, tmp_path, documents, policy, reference, reward_model, critic):
-    """Six prompts, four and two a step, at a rate that is felt; the default names would find others. Answers are the
-    sampler's, with other noise each step; what a rollout holds of them is what plain forwards give at the sampling
-    temperature, and 0 past an answer's end. 10: KL is paid to --reference. 4: the critic starts as the reward model,
-    and training it never moves that one."""
+    """Six prompts, four and two a step; the default names would find other files. Answers are the sampler's, with other
+    noise each step; a rollout holds what plain forwards give at the sampling temperature, and 0 past an answer's end.
+    10: KL is paid to --reference. 4: the critic starts as the reward model, and training it never moves that one."""
     files = {"mine": documents[3:], "start": policy, "judge": reward_model, "anchor": reference}
     write(tmp_path, hard=documents[:3], dpo=reference, reward=critic, **files)
     for model in (policy, reward_model, reference):
@@ -264,8 +242,7 @@ def test_every_model_plays_its_part(run, monkeypatch, tmp_path, documents, polic
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "fp32 --grad-checkpoint", "fp32 --temperature 0.7"])
 def test_3_and_7_rate_0_stays_on_policy(run, tmp_path, policy, reference, reward_model, documents, mode, device):
-    """To the last digit. By default the reference is the policy that PPO starts from: KL 0, ratio 1, nothing clipped,
-    in every step; on a GPU nearly so. A ratio is a mean of ones."""
+    """To the last digit, at each step; on a GPU nearly so. The default reference is the policy that PPO starts from."""
     write(tmp_path, hard=documents, start=policy, dpo=reference, reward=reward_model)
     flags = f"--init start.pt --lr 0 --batch-size 4 --minibatch-size 2 --ppo-epochs 1 --device {device} --dtype {mode}"
     log, same = run(ppo, f"{flags} --steps 2 --max-new-tokens 8"), TOLERANCES[device.type, mode.split()[0]][2]
@@ -274,21 +251,15 @@ def test_3_and_7_rate_0_stays_on_policy(run, tmp_path, policy, reference, reward
     assert [line["approx_kl"] for line in log] == pytest.approx([0.0, 0.0], rel=0, abs=same)
 
 
-@pytest.fixture
-def start(tmp_path, policy, reward_model, documents):
-    """What ppo.py needs, in the folder."""
+def test_10_every_pass_is_shuffled_and_cut_anew(run, monkeypatch, tmp_path, policy, reward_model, documents):
+    """Three passes over 18 answers, seven an update: each has all answers once, no two are cut the same, nor is any in
+    order. 3: old log-probs are read in the first one's minibatches. The log holds means over all updates of a step."""
     write(tmp_path, hard=documents * 2, dpo=policy, reward=reward_model)
-    return "--max-new-tokens 8 --lr 1e-2 --warmup 0 "
-
-
-def test_10_every_pass_over_a_batch_is_shuffled_and_cut_anew(run, monkeypatch, tmp_path, start):
-    """Two steps of three passes over 18 answers, seven an update: each pass has every answer once, no two are cut the
-    same, nor is any in order. 3: old log-probs are read in the minibatches of a step's first pass. The log holds means
-    over all updates of a step."""
     updates, packed, norms = recorded(monkeypatch, "update"), recorded(monkeypatch, "pack"), []
     clip = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *all: norms.append(clip(*all)) or norms[-1])
-    log = run(ppo, start + "--steps 2 --batch-size 18 --minibatch-size 7 --ppo-epochs 3")
+    sizes = "--steps 2 --batch-size 18 --minibatch-size 7 --ppo-epochs 3 --max-new-tokens 8"
+    log = run(ppo, f"{sizes} --lr 1e-2 --warmup 0")
     rows = [arguments["rows"] for arguments, _ in updates]
     assert [len(some) for some in rows] == [7, 7, 4] * 6
     cuts = {frozenset(frozenset(some.tolist()) for some in torch.arange(18).split(7))}
@@ -303,21 +274,22 @@ def test_10_every_pass_over_a_batch_is_shuffled_and_cut_anew(run, monkeypatch, t
     assert len(norms) == 18
     for some, line in zip((slice(9), slice(9, 18)), log, strict=True):
         assert line["updates"] == 9 and (abs(line["kl"]) > 1e-3) == (line["step"] > 0)  # from before the first update
-        assert line["tokens_per_second"] * line["seconds"] == pytest.approx(18 * line["length"])
+        done = [line[f"{what}_per_second"] * line["seconds"] for what in ("tokens", "episodes")]
+        assert done == pytest.approx([18 * line["length"], 18])
         expected = {name: sum(totals[name].item() for _, totals in updates[some]) / 9 for name in updates[0][1]}
         expected["grad_norm"] = sum(norms[some]).item() / 9
         assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-7)
-    saved, _ = load_model(Settings(out=str(tmp_path), device="cpu"), "ppo.pt", GPT)
+    saved, _ = load_model(ppo.Settings(out=str(tmp_path), device="cpu"), "ppo.pt", GPT)
     for ours, theirs in zip(saved.parameters(), updates[-1][0]["policy"].parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_what_would_go_wrong_later_stops_the_run_at_once(run, tmp_path, start, reward_model, documents):
+def test_what_would_go_wrong_later_stops_the_run_at_once(run, tmp_path, policy, reward_model, documents):
     """A reward of infinity before the critic learns from it; too long a prompt among those of later steps."""
     torch.nn.init.constant_(reward_model.head.bias, torch.inf)
-    write(tmp_path, reward=reward_model)
+    write(tmp_path, hard=documents, dpo=policy, reward=reward_model)
     with pytest.raises(UserError, match="is not finite"):
-        run(ppo, start + "--batch-size 4 --steps 1")
+        run(ppo, "--max-new-tokens 8 --steps 1")
     short = [document for document in documents if len(document[0]) < 28]
     write(tmp_path, hard=[*short, (torch.zeros(29).long(), *documents[0][1:])])
     with pytest.raises(UserError, match="--max-new-tokens 100"):

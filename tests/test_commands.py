@@ -210,7 +210,7 @@ def test_grad_checkpoint_leaves_the_weights_as_they_are_and_another_seed_does_no
     assert any((one[key] - two[key]).abs().max() > 1e-5 for key in one)
 
 
-def test_baselines_live_beside_the_main_run(out, monkeypatch):
+def test_baselines_live_beside_the_main_run(out, tmp_path, monkeypatch):
     before = contents(out)
     succeed("dpo", out, "--data", "pairs.pt", "--save", "dpo_all.pt", "--steps", 3)
     succeed("ppo", out, "--data", "pairs.pt", "--init", "sft.pt", "--save", "ppo_all.pt", "--steps", 0)
@@ -222,7 +222,9 @@ def test_baselines_live_beside_the_main_run(out, monkeypatch):
     monkeypatch.setitem(CHAIN, "model", f"{ROWS} --steps 2 --batch-size 8")
     succeed("model", out, "--init", "sft.pt", "--save", "sft2.pt")
     assert not same_weights(out / "sft2.pt", out / "sft.pt")
-    succeed("dpo", out, "--init", "sft2.pt")  # the same data, made anew, goes with the files of before
+    succeed("dpo", out, "--init", "sft2.pt")  # the same data, made anew, goes with the files of before; fewer do not
+    succeed("model", tmp_path / "fewer", "--init", out / "sft.pt", "--limit", 100)
+    assert "goes back to other data" in refusal("dpo", out, "--init", tmp_path / "fewer" / "sft.pt")
 
 
 def go_on(command: str, out: Path, whole: Path, *flags, near: float = 0.0) -> None:

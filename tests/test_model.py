@@ -275,8 +275,7 @@ def test_logprobs_are_the_same_packed_with_siblings_alone_and_plain(documents, d
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "checkpointed", "compiled"])
 def test_gradients_do_not_depend_on_the_size_of_a_pass(policy, documents, mode, device):
-    """Relative error of all gradients, the first of which are those of fp32. Checkpointing computes each block twice;
-    bf16 is for matrix products; what is compiled differs between devices."""
+    """The first gradients are fp32's. Checkpointing computes each block twice; bf16 is for matrix products."""
     gradients, begun, dtypes, dtype = [], [], set(), "bf16" if mode == "bf16" else "fp32"
     if mode != "compiled":
         policy.blocks[0].register_forward_pre_hook(lambda *_: begun.append(1))
@@ -297,8 +296,7 @@ def test_gradients_do_not_depend_on_the_size_of_a_pass(policy, documents, mode, 
 
 
 def test_flex_attention_equals_attention_by_document(policy, documents, device, monkeypatch):
-    """A mask a document; and on CUDA a block mask, made from where the documents begin, which looks at every block that
-    FlexAttention's own trial of all pairs finds."""
+    """A mask a document; on CUDA a block mask, which covers every block that FlexAttention's own trial of pairs finds."""
     documents = [*documents, (torch.arange(310) % 97, torch.arange(5)), *documents]
     batch = lay_out(documents, [*range(len(documents))], CPU)
     with monkeypatch.context() as patch:
@@ -410,8 +408,8 @@ def hostile_text(rng):
     return "".join(rng.choice(PIECES) if rng.random() < 0.8 else chr(rng.randrange(0x110000)) for _ in range(count))
 
 
-@pytest.mark.parametrize("tokenizer, form, lacking", [(LETTERS, None, b""), (TOY, None, b""), (ODD, "NFKC", b"z\xc3\0")])
-def test_random_unicode_survives_encode_and_decode(tokenizer, form, lacking):
+@pytest.mark.parametrize("tokenizer, form, lost", [(LETTERS, None, b""), (TOY, None, b""), (ODD, "NFKC", b"z\xc3\0")])
+def test_random_unicode_survives_encode_and_decode(tokenizer, form, lost):
     """Half a surrogate pair becomes a replacement; bytes without a token are lost; end-of-text written out is text."""
     rng = random.Random(0)
     for text in [*PIECES, *(hostile_text(rng) for _ in range(500)), rng.randbytes(3000).decode("utf-8", "replace")]:
@@ -419,7 +417,7 @@ def test_random_unicode_survives_encode_and_decode(tokenizer, form, lacking):
         assert not {tokenizer.end, 255} & set(ids) and all(0 <= token < tokenizer.size for token in ids)
         kept = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         kept = unicodedata.normalize(form, kept) if form else kept
-        assert tokenizer.decode(ids) == kept.encode().translate(None, lacking).decode("utf-8", "replace")
+        assert tokenizer.decode(ids) == kept.encode().translate(None, lost).decode("utf-8", "replace")
         assert tokenizer.decode(torch.tensor([*tokenizer.begin, *ids, tokenizer.end])) == tokenizer.decode(ids)
     assert TOY.decode([0xC3, TOY.size + 7, 104]) == "\ufffdh"  # what is no UTF-8, and what is no token
 

@@ -296,7 +296,7 @@ def test_gradients_do_not_depend_on_the_size_of_a_pass(policy, documents, mode, 
 
 
 def test_flex_attention_equals_attention_by_document(policy, documents, device, monkeypatch):
-    """A mask a document; on CUDA a block mask, which covers every block that FlexAttention's own trial of pairs finds."""
+    """A mask a document; on CUDA a block mask, which covers each block that FlexAttention's own trial finds."""
     documents = [*documents, (torch.arange(310) % 97, torch.arange(5)), *documents]
     batch = lay_out(documents, [*range(len(documents))], CPU)
     with monkeypatch.context() as patch:

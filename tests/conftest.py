@@ -2,7 +2,6 @@
 way through a model, and a stage's command run in a folder."""
 
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +29,7 @@ GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(
 
 
 @pytest.fixture(params=["cpu", GPU])
-def device(request) -> Iterator[torch.device]:
+def device(request):
     """Each device that a test should pass on. What was compiled for one test does not count for the next."""
     yield torch.device(request.param)
     if request.param == "cuda":
@@ -43,14 +42,8 @@ def tiny(seed: int, vocabulary: int = END + 1) -> GPT:
     return GPT(replace(TINY, vocabulary=vocabulary))
 
 
-@pytest.fixture
-def policy() -> GPT:
-    return tiny(0)
-
-
-@pytest.fixture
-def reward_model() -> RewardModel:
-    return RewardModel(tiny(1))
+policy = pytest.fixture(lambda: tiny(0))
+reward_model = pytest.fixture(lambda: RewardModel(tiny(1)))
 
 
 @pytest.fixture

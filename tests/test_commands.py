@@ -1,12 +1,11 @@
 """The six commands as a user meets them: the chain and what it writes, stopping and going on, kills, full disks and
-folders that are gone, mistakes, talk, and --help."""
+folders that are gone, mistakes, and --help."""
 
 import contextlib
 import importlib
 import io
 import itertools
 import json
-import math
 import os
 import pkgutil
 import re
@@ -17,22 +16,19 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
 import pytest
 import torch
-
-import model
 from conftest import TOLERANCES
 
+import model
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 ROWS = "--limit 120 --context 320 --max-response 160"
 CHAIN = {  # command: flags that make it quick
     "model": f"{ROWS} --vocabulary 300 --dim 32 --layers 1 --heads 2 --kv-heads 1 --steps 6 --batch-size 8 --lr 1e-2",
@@ -50,13 +46,11 @@ evaluate --reward reward.pt, evaluate --policies ppo.pt"""
 READS = [one.split() for one in READS.split(",")]  # command, a flag that names a file, a file that fits
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
 CTRL_C, TERM, KILL = (partial(signal.raise_signal, number) for number in SIGNALS)
-MEASURES = ["gold_reward", "reward", "win_rate_vs_chosen", "win_rate_vs_sft", "kl", "length", "ended"]
 
 
 def run(command: str, out: Path, *flags, hooks: tuple = ()) -> SimpleNamespace:
     """Runs a command in this process, with its quick flags and then these: its exit code, and what it writes to a
-    terminal that has no γ as stdout and stderr. A hook is (function, number, action): the action comes just before that
-    call, counted from 1, of the function named."""
+    terminal that has no γ. A hook is (function, number, action): the action comes just before call `number`."""
     code, limit = 0, resource.getrlimit(resource.RLIMIT_FSIZE)
     screen, errors = (io.TextIOWrapper(io.BytesIO(), "latin-1") for _ in range(2))
     flags = [*CHAIN[command].split(), "--device", "cpu", "--out", out, *flags]
@@ -77,7 +71,7 @@ def run(command: str, out: Path, *flags, hooks: tuple = ()) -> SimpleNamespace:
 
 
 def before_call(function, number: int, action):
-    """The function, but with `action` called just before call `number`."""
+    """The function, but with `action` called just before call `number`, counted from 1."""
     calls = itertools.count(1)
 
     def hooked(*arguments, **named):
@@ -172,10 +166,8 @@ def surroundings(tmp_path_factory, monkeypatch):
     signal.signal(signal.SIGINT, handler)
 
 
-# ---- The chain, and what it writes ----
-
-
-def test_the_chain_writes_these_files_and_nothing_outside_its_folder_and_says_what_comes_next(toy):
+def test_the_chain_writes_these_files_and_nothing_outside_its_folder_and_says_what_comes_next(toy, other):
+    """Gold rewards where there are any, and numbers that strict JSON has."""
     names = [f"{name}.{ending}" for name in SAVED.values() for ending in ("pt", "jsonl")]
     names += ["pairs.pt", "test.pt", "easy.pt", "hard.pt", "evaluation.json"]
     assert sorted(contents(toy.folder)) == sorted(f"my out/{name}" for name in names)
@@ -184,14 +176,17 @@ def test_the_chain_writes_these_files_and_nothing_outside_its_folder_and_says_wh
         expected = f"wrote {', '.join(names)}; next: python {following}.py --out '{toy.out}'"
         assert toy.printed[command].splitlines()[-1] == expected
     assert toy.printed["evaluate"].splitlines()[-1] == f"wrote {toy.out}/evaluation.json"
+    for out, gold in ((toy.out, True), (other, False)):
+        rows = json.loads((out / "evaluation.json").read_text(), parse_constant=pytest.fail)
+        assert list(rows) == ["sft", "dpo", "ppo"] and ("gold_reward" in log(out / "ppo.jsonl")[0]) == gold
+        assert rows["sft"]["win_rate_vs_sft"] == 0.5 and (rows["ppo"]["gold_reward_high"] is not None) == gold
     made = [content(path)["made"] for path in toy.out.glob("*.pt")]
     assert made[0]["data"] and all(one["data"] == made[0]["data"] for one in made)
     assert content(toy.out / "dpo.pt")["made"]["command"] == f"dpo.py {CHAIN['dpo']} --device cpu --out '{toy.out}'"
 
 
-@pytest.mark.parametrize("command, name", [
-    ("model", "a.pt"), ("reward", "a.pt"), ("split", "my pairs.pt"), ("dpo", "dpo_0.5.pt"), ("ppo", "a.pt"),
-])
+@pytest.mark.parametrize("command, name", [("model", "a.pt"), ("reward", "a.pt"), ("split", "my pairs.pt"),
+                                           ("dpo", "dpo_0.5.pt"), ("ppo", "a.pt")])
 def test_the_command_suggested_next_can_be_pasted_and_reads_what_was_written(out, monkeypatch, command, name):
     monkeypatch.chdir(out.parent)
     out, flag = Path(out.name), "--easy" if command == "split" else "--save"  # the default --out, which needs no flag
@@ -201,29 +196,6 @@ def test_the_command_suggested_next_can_be_pasted_and_reads_what_was_written(out
     assert written == out / name and name in flags and "--out" not in flags
     assert flag != "--save" or len(log(out / name.replace(".pt", ".jsonl"))) == 6
     succeed(following.removesuffix(".py"), out, *flags)
-
-
-def test_logs_have_finite_numbers_for_each_step_and_the_parts_add_up(toy):
-    for command, name in SAVED.items():
-        path, rate = toy.out / f"{name}.jsonl", f"{'episodes' if command == 'ppo' else 'pairs'}_per_second"
-        assert [record["step"] for record in log(path)] == list(range(6))
-        for record in map(json.loads, path.read_text().splitlines()):
-            assert all(map(math.isfinite, record.values())) and record["loss"]
-            assert all(record[key] > 0 for key in ("lr", "grad_norm", "seconds", "tokens_per_second", rate))
-            assert 10 < record["peak_memory_mb"] < 100_000
-        assert command in ("reward", "ppo") or log(path)[-1]["loss"] < log(path)[0]["loss"]
-    count = {name: len(content(toy.out / f"{name}.pt")["lengths"]) for name in ("pairs", "test", "easy", "hard")}
-    assert count["pairs"] + count["test"] == 120 and count["easy"] == count["hard"] == count["pairs"] // 2
-
-
-def test_the_evaluation_has_every_measure_of_every_policy(toy, other):
-    for out, gold in ((toy.out, True), (other, False)):
-        rows = json.loads((out / "evaluation.json").read_text(), parse_constant=pytest.fail)
-        assert list(rows) == ["sft", "dpo", "ppo"] and rows["sft"]["win_rate_vs_sft"] == 0.5
-        assert rows["sft"]["kl"] == pytest.approx(0, abs=1e-4) and rows["ppo"]["kl"] != 0
-        for row, name, end in itertools.product(rows.values(), MEASURES, ("", "_se", "_low", "_high")):
-            assert math.isfinite(row[name + end]) if gold or name != "gold_reward" else row[name + end] is None
-        assert ("gold_reward" in log(out / "ppo.jsonl")[0]) == gold
 
 
 @pytest.mark.parametrize("command, name", SAVED.items())
@@ -256,8 +228,7 @@ def test_baselines_live_beside_the_main_run(out, tmp_path, monkeypatch):
 
 
 def go_on(command: str, out: Path, whole: Path, *flags, near: float = 0.0) -> None:
-    """--resume finishes a run that was cut as if there had been no pause: weights to the last bit, every number of the
-    log, and nothing left over. `near`: or not quite to the last bit."""
+    """--resume ends as if there had been no pause: weights and log to the last bit, or `near`; nothing is left over."""
     succeed(command, out, *flags, "--resume")
     name = SAVED[command]
     weights = [content(folder / f"{name}.pt")["weights"] for folder in (out, whole)]
@@ -332,8 +303,7 @@ def test_what_the_machine_lacks_is_said_in_one_line(out, action, remedy):
 
 @pytest.mark.parametrize("command, name, times", [
     ("model", "model.train_tokenizer", 1), ("reward", "reward.load_model", 1), ("dpo", "dpo.pair_logprobs", 1),
-    ("ppo", "ppo.load_pairs", 1), ("dpo", "model.Training.log", 2),
-])
+    ("ppo", "ppo.load_pairs", 1), ("dpo", "model.Training.log", 2)])
 def test_ctrl_c_before_training_and_a_second_one_stop_at_once(out, command, name, times):
     before = contents(out)
     result = run(command, out, hooks=[(name, 1, CTRL_C)] * times)
@@ -365,20 +335,9 @@ KILLS = {  # when a run dies: a hook, steps logged by then, and the step of the 
 }
 
 
-def be_killed(folder: Path) -> None:
-    """What a process of its own does: each run in a fork, until it is killed, on the files in FOLDER/<stage>/<when>."""
-    importlib.import_module("torch._dynamo")  # once, not in each fork
-    for command, when in itertools.product(SAVED, KILLS):
-        if os.fork() == 0:
-            name, number, action, *_ = KILLS[when]
-            run(command, folder / command / when, "--save-every", 2, hooks=[(name.format(command), number, action)])
-            os._exit(1)
-        assert os.WTERMSIG(os.wait()[1]) == signal.SIGKILL, (command, when)
-
-
 @pytest.fixture(scope="module")
 def killed(toy, tmp_path_factory) -> Path:
-    """What be_killed leaves."""
+    """What the kills leave, which happen at the end of this file, in a process of its own."""
     folder, environment = tmp_path_factory.mktemp("killed"), {**os.environ, "OMP_NUM_THREADS": "1"}
     for command, when in itertools.product(SAVED, KILLS):
         shutil.copytree(toy.out, folder / command / when, ignore=shutil.ignore_patterns(f"{SAVED[command]}.*"))
@@ -395,8 +354,6 @@ def test_a_killed_run_leaves_whole_files_and_goes_on_from_its_last_state(killed,
         file.write(b'{"step": 3, "caf\xe9\0\0\n17\n[')  # as a power cut may leave it
     go_on(command, out, toy.out)
 
-
-# ---- A full disk, and folders that cannot be written to or are gone ----
 
 FULL = [(command, f"{name}.pt", f"{command}.save_model", 1, 10_000, 6) for command, name in SAVED.items()]
 FULL += [("dpo", "dpo.state.pt", "model.Training.save_state", 2, size, 2) for size in (0, 20_000, 100_000)]
@@ -421,20 +378,6 @@ def test_what_finds_no_room_is_named_and_nothing_is_lost(out, toy, command, name
         go_on(command, out, toy.out)
 
 
-def test_a_folder_that_can_only_be_read_is_named_and_left_alone(toy):
-    folder = Path(tempfile.mkdtemp())  # which every user can reach, as pytest's cannot be
-    out = Path(shutil.copytree(toy.out, folder / "out"))
-    for path in (folder, *out.iterdir(), out):
-        path.chmod(0o555)
-    try:
-        os.seteuid(65534 if os.getuid() == 0 else os.getuid())  # root may write wherever it likes
-        assert str(out) in refusal("dpo", out)
-    finally:
-        os.seteuid(os.getuid())
-        folder.chmod(0o755), out.chmod(0o755)
-        shutil.rmtree(folder)
-
-
 def test_a_folder_that_is_a_file_or_vanishes_is_named_or_made_anew(out, toy):
     (out / "mine.jsonl").mkdir()
     assert f"{out}/mine.jsonl" in refusal("dpo", out, "--save", "mine.pt")
@@ -448,9 +391,6 @@ def test_a_folder_that_is_a_file_or_vanishes_is_named_or_made_anew(out, toy):
     shutil.copytree(toy.out, out)
     result = run("dpo", out, hooks=[("model.Training.save_state", 1, lambda: shutil.rmtree(out))])
     assert not result.code and same_weights(out / "dpo.pt", toy.out / "dpo.pt")
-
-
-# ---- Mistakes (one line on stderr, exit code 2, no file touched), talk, and help ----
 
 
 @pytest.mark.parametrize("command, flag, name", READS)
@@ -474,25 +414,19 @@ def test_a_bare_name_is_looked_up_in_out_then_here_and_one_with_a_slash_is_a_pat
         succeed("dpo", out, "--data", path)
 
 
-@pytest.mark.parametrize("number, shown", [("-1e-1", "-0.100"), ("-.5e0", "-0.500"), ("1e-1", "0.100")])
-def test_a_threshold_is_a_number_in_any_notation(out, number, shown):
-    assert f" = {shown}:" in succeed("split", out, "--threshold", number)
-    assert "out of bounds" in refusal("split", out, "--threshold", "-inf")
-
-
 @pytest.mark.parametrize("flags", [
-    "dpo --bogus 3", "dpo stray", "dpo --lr", "dpo --lr fast", "dpo --lr nan", "dpo --lr -1", "dpo --steps 1.5",
-    "dpo --device gpu", "dpo --device cuda", "dpo --device mps", "dpo --loss hinge", "dpo --beta 0", "dpo --save mine",
+    "dpo --lr -1", "dpo --device cuda", "dpo --device mps", "dpo --loss hinge", "dpo --beta 0", "dpo --save mine",
     "dpo --label-smoothing 2", "dpo --label-smoothing 0.1 --loss ipo", "dpo --batch-size 0", "dpo --warmup 1.5",
-    "dpo --clip 0", "dpo --seed -1", "dpo --save deeper/mine.pt", "split --fraction 2", "split --threshold nan",
-    "split --hard a.pt --easy a.pt", "split --easy deeper/mine.pt", "split --hard deeper/mine.pt", "model --layers 0",
-    "model --limit 0", "model --vocabulary 256", "model --heads 3 --dim 32 --kv-heads 1", "model --dim 30",
+    "dpo --clip 0", "dpo --save deeper/mine.pt", "split --fraction 2", "split --threshold nan", "model --layers 0",
+    "split --hard a.pt --easy a.pt", "split --easy deeper/mine.pt", "split --hard deeper/mine.pt", "model --dim 30",
+    "model --limit 0", "model --vocabulary 256", "model --heads 3 --dim 32 --kv-heads 1", "split --threshold -inf",
     "model --kv-heads 3 --heads 4", "model --context 100 --max-response 100", "model --vocabulary 300 --init sft.pt",
     "model --label-temperature 1 --data hh", "ppo --temperature 0", "ppo --gamma 1.1", "ppo --max-new-tokens 0",
     "ppo --max-new-tokens 320", "evaluate --policies", "evaluate --judge http://localhost", "evaluate --export sft.pt",
-    "dpo --self-weight 1 --loss ipo", "dpo --self-weight 1 --loss linear", "dpo --label-smoothing 0.1 --loss linear",
-    "split --answers 3", "split --chosen labelled", "split --temperature 0.5", "split --max-new-tokens 9",
-    "split --answers 1 --policy sft.pt", "model --save a.pt --data easy.pt", "model --save a.pt --extrapolate dpo.pt",
+    "evaluate --judge-model m", "dpo --self-weight 1 --loss ipo", "dpo --self-weight 1 --loss linear",
+    "dpo --label-smoothing 0.1 --loss linear", "split --answers 3", "split --chosen labelled",
+    "split --temperature 0.5", "split --max-new-tokens 9", "split --answers 1 --policy sft.pt",
+    "model --save a.pt --data easy.pt", "model --save a.pt --extrapolate dpo.pt",
     "model --save sft.pt --data easy.pt --init dpo.pt", "model --save dpo.pt --extrapolate sft.pt --init dpo.pt",
 ])
 def test_a_wrong_flag_is_named(out, monkeypatch, flags):
@@ -500,17 +434,6 @@ def test_a_wrong_flag_is_named(out, monkeypatch, flags):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     command, flag, *values = flags.split()
     assert flag in refusal(command, out, flag, *values)
-
-
-def test_prompts_typed_are_answered_until_end_of_input_and_nothing_is_written(toy, monkeypatch):
-    before, flags, questions = contents(toy.out), ("--temperature", 0, "--prompt"), ("Buy \N{OWL}?", "What is my lamp?")
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{questions[0]}\n\n{'x' * 5000}\n{questions[1]}\n"))
-    result = run("evaluate", toy.out, *flags, "--model", "sft.pt")
-    assert not result.code and result.err.count("\n") == 2 and "context" in result.err  # a greeting; one is too long
-    for question, answer in zip(questions, result.out.splitlines(), strict=True):
-        alone = succeed("evaluate", toy.out, *flags, question, "--policies", "sft.pt", "dpo.pt").splitlines()
-        assert alone[0] == f"SFT          {answer}" and alone[1].startswith("DPO          ")
-    assert contents(toy.out) == before
 
 
 @pytest.mark.parametrize("command", CHAIN)
@@ -532,5 +455,12 @@ def test_help_of_a_script_names_every_flag_with_a_text_and_its_default(monkeypat
     assert command != "dpo" or entries["--lr"] == "--lr LR peak learning rate [5e-05, pretrained 5e-07]"
 
 
-if __name__ == "__main__":
-    be_killed(Path(sys.argv[1]))
+if __name__ == "__main__":  # what `killed` starts: each run in a fork, on the files in FOLDER/<stage>/<when>
+    importlib.import_module("torch._dynamo")  # once, not in each fork
+    for command, when in itertools.product(SAVED, KILLS):
+        if os.fork() == 0:
+            name, number, action, *_ = KILLS[when]
+            folder = Path(sys.argv[1]) / command / when
+            run(command, folder, "--save-every", 2, hooks=[(name.format(command), number, action)])
+            os._exit(1)
+        assert os.WTERMSIG(os.wait()[1]) == signal.SIGKILL, (command, when)

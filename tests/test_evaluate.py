@@ -27,8 +27,6 @@ QUESTIONS = [f"\n\nHuman: {question}\n\nAssistant:" for question in ASKED]
 PROMPTS = [spell(f"{question}…") for question in QUESTIONS]
 CHOSEN = "Good luck with it!"
 SETTINGS = Settings(max_new_tokens=10, temperature=0.7, seed=3)
-
-
 SFT, OTHER, trunk = (tiny(seed, LETTERS.size) for seed in range(3))
 SCORER = RewardModel(trunk)
 for one in (SFT, OTHER, SCORER):
@@ -50,8 +48,7 @@ def out(tmp_path):
 
 @pytest.mark.parametrize("source", ["toy", "hh"])
 def test_answers_hold_text_gold_reward_length_and_end_of_each_prompt_and_kl_at_temperature_1(monkeypatch, source):
-    """Fixed answers, in another order of length than packing's: one helpful, one cut off, one empty, one polite. KL is
-    the sum of log-ratios at temperature 1, though they are sampled at 0.7."""
+    """Of fixed answers, in another order of length than packing's: one helpful, one cut off, one empty, one polite."""
     texts, asked = [" Sand the chair first.", " What a…", "", " Great question!"], []
     responses = [spell(text) for text in texts]
     monkeypatch.setattr(evaluate, "generate", lambda _, prompts, *how: asked.extend(how) or responses)
@@ -66,9 +63,6 @@ def test_answers_hold_text_gold_reward_length_and_end_of_each_prompt_and_kl_at_t
     monkeypatch.setattr(SCORER, "score", lambda batch: torch.full((len(batch.last),), math.inf))
     with pytest.raises(UserError, match="finite"):
         answer(SETTINGS, four_pairs(), SFT, SFT, SCORER)
-
-
-# ---- Statistics and tables ----
 
 
 def test_summary_and_table_by_hand():
@@ -126,9 +120,6 @@ def test_length_controlled_win_rate_is_the_likeliest_and_its_error_a_jackknifes(
     assert summarise(columns)["length_controlled_se"] == pytest.approx(jackknife, rel=0.1)
 
 
-# ---- The command ----
-
-
 @pytest.mark.parametrize("source", ["toy", "hh"])
 def test_wins_by_hand_are_saved_before_they_are_shown_then_answers_side_by_side(run, monkeypatch, out, capsys, source):
     """MPO against chosen ½: win, win, loss, tie; against SFT's 0: win, win, loss, win. Mine leads by 1, −2, −1, ½."""
@@ -181,20 +172,23 @@ def test_prompt_prints_every_policys_answer(run, out, capsys):
 
 
 def test_prompt_without_a_text_answers_each_line_as_it_comes_till_end_of_input(run, monkeypatch, out, capsys):
-    """A character is shown once it has all its bytes. What is too long is said to be, and the next line answered."""
+    """A character is shown once it has all its bytes. What is too long is said to be. Nothing is written."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{ASKED[0]}\n\n{'x' * 500}\n{ASKED[1]}\n"))
     asked, shown, answers = [], [], [[*LETTERS.encode("aé\N{OWL}b"), END], [END]]
 
     def fake(policy, prompts, end, count, temperature, seed, watch):
         if len(prompts[0]) > 200:
             raise UserError("too long")
+        assert torch.equal(policy.embedding.weight, SFT.embedding.weight) and (end, temperature) == (END, 0.5)
         asked.append((prompts[0].tolist(), count, seed))
         for token in answers.pop(0):
             watch(torch.tensor([token]))
             shown.append(capsys.readouterr())
 
     monkeypatch.setattr(evaluate, "generate", fake)
-    run(evaluate, "--seed 2 --prompt --model sft.pt")
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    run(evaluate, "--seed 2 --temperature 0.5 --prompt --model sft.pt")
+    assert before == {path: path.read_bytes() for path in out.iterdir()}
     assert asked == [(PROMPTS[0].tolist(), 96, mixed_seed(2, 0)), (PROMPTS[1].tolist(), 96, mixed_seed(2, 2))]
     assert [one.out for one in shown] == ["a", "", "é", "", "", "", "\N{OWL}", "b", "", "\n"]
     assert capsys.readouterr().out == "(nothing)\n" and "too long" in shown[-1].err
@@ -243,11 +237,11 @@ def test_a_verdict_is_the_last_line_in_the_form_asked_for(endpoint, text, verdic
 
 def test_a_request_holds_the_question_and_the_key_goes_to_the_server_alone(endpoint, monkeypatch, tmp_path):
     """Not replaced by a .netrc, not sent on by a redirect, not in a message."""
-    assert ask(endpoint.settings, "Who?") == "A"
+    assert ask(endpoint.settings, "?") == "A"
     path, headers, body = endpoint.requests.pop()
     assert path == "/v1/chat/completions" and "Authorization" not in headers
-    assert body == {"model": "tester", "temperature": 0, "max_tokens": 1024,
-                    "messages": [{"role": "user", "content": "Who?"}]}
+    asked = [{"role": "user", "content": "?"}]
+    assert body == {"model": "tester", "temperature": 0, "max_tokens": 1024, "messages": asked}
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password word\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret\n")
@@ -329,19 +323,16 @@ def test_tally_by_hand():
     columns = {name: column.tolist() for name, column in tally(points, longer).items()}
     won = torch.tensor([1, 0, 0.5, 0.5, 0.5])
     assert columns.pop("length_controlled") == length_controlled(won, longer[:5]).tolist()
-    assert columns == {
-        "win_rate": won.tolist(), "ties": [0, 0, 1, 1, 1], "orders_disagree": [0, 0, 0, 1, 1],
-        "first_place_wins": [1, 0, 1, 1, 0, 1, 1], "no_verdict": [0, 0, 0, 0, 0, 1, 1]}
+    assert columns == {"win_rate": won.tolist(), "ties": [0, 0, 1, 1, 1], "orders_disagree": [0, 0, 0, 1, 1],
+                       "first_place_wins": [1, 0, 1, 1, 0, 1, 1], "no_verdict": [0, 0, 0, 0, 0, 1, 1]}
 
 
 def test_a_judge_of_length_gives_the_known_win_rates(asking, tmp_path):
-    """Against chosen: longer, shorter, the same, longer; against SFT's: longer, shorter, the same, longer. The judge
-    sees no policy's name, and two with the same answers are one question. No verdict is counted, not asked for again,
-    and not kept: shorter, the same, longer are left."""
+    """Against either: longer, shorter, the same, longer. The judge sees no policy's name, and two with the same answers
+    are one question. No verdict is counted, not asked for again, and not kept: shorter, the same, longer are left."""
     rows = judged(asking, secret=list(MINE))
-    assert {versus: row["win_rate"] for versus, row in rows.items()} == {
-        "chosen of sft": 0.125, "chosen of mine": 0.625, "sft of mine": 0.625, "chosen of secret": 0.625,
-        "sft of secret": 0.625}
+    expected = dict.fromkeys(("chosen of mine", "sft of mine", "chosen of secret", "sft of secret"), 0.625)
+    assert {versus: row["win_rate"] for versus, row in rows.items()} == {"chosen of sft": 0.125, **expected}
     assert len(asking.questions) == 19
     for text in asking.questions:
         assert "secret" not in text and text.index("Human: ") < text.index("<A>") < text.index("<B>")
@@ -372,15 +363,12 @@ def test_the_cost_is_said_first_and_every_verdict_kept_at_once_and_not_asked_for
         assert len(asking.questions) == questions
 
 
-@pytest.mark.parametrize("flags, said", [
-    ({"judge": "http://x/v1"}, "--judge-model"), ({"judge_model": "m"}, "--judge URL"),
-    ({"figure": True}, "pip install"), ({"judge": "http://x/v1", "judge_model": "m"}, "torchrun"),
-])
-def test_a_mistake_in_the_flags_is_said_at_once(flags, said, monkeypatch):
+def test_a_judge_under_torchrun_and_a_picture_without_matplotlib_are_refused_at_once(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr(evaluate, "processes", lambda: (0, 2))
-    with pytest.raises(UserError, match=said):
-        Settings(**flags)
+    for flags, said in (({"figure": True}, "pip install"), ({"judge": "x", "judge_model": "m"}, "torchrun")):
+        with pytest.raises(UserError, match=said):
+            Settings(**flags)
 
 
 def test_command_with_a_judge_adds_its_numbers_and_goes_on_where_it_was_stopped(run, out, capsys, asking):

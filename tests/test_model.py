@@ -13,27 +13,22 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
+import pyarrow.parquet
 import pytest
 import regex
 import torch
-from conftest import CPU, TINY, TOLERANCES, plain_distribution, plain_logprobs
+from conftest import CPU, LETTERS, TINY, TOLERANCES, plain_distribution, plain_logprobs
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.overrides import TorchFunctionMode
 
-try:
-    import pyarrow.parquet
-except ImportError:  # it comes with datasets; without it nothing of tables is tested
-    pyarrow = None
-
 import model
 from model import (
     END_OF_TEXT, GPT, TOY_BEST_REWARD, TOY_SLIPS, TURN, CommonSettings, Config, Pairs, Settings, Tokenizer, Training,
-    UserError, attend, batch_indices, flag, generate, gold_reward, lay_out, load_model, load_pairs, pack, read_log,
+    UserError, batch_indices, flag, generate, gold_reward, lay_out, load_model, load_pairs, pack,
     read_pairs, read_rows, read_row, sample, save_model, settle, toy_rows, train_tokenizer, visibility,
 )
 
-BYTES = train_tokenizer([], 257)  # no merges: a token is a byte, and 256 is the end
 TOY_TEXTS = [text for row in toy_rows(60, 0) for text in row.values()]
 TOY = train_tokenizer(TOY_TEXTS, 400)
 
@@ -57,6 +52,7 @@ class Made(CommonSettings):
     """A flag of every type."""
 
     rate: float = flag(0.5, "a rate, in %", above=0, most=2, pretrained=0.25)
+    shift: float = flag(0.0, "a number that may be negative")
     count: int | None = flag(None, "a count", least=1)
     kind: Literal["a", "b"] = flag("a", "a kind")
     fast: bool = flag(False, "goes fast")
@@ -70,16 +66,18 @@ def parsed(monkeypatch, line):
 
 def test_flags_have_the_types_of_their_fields_and_may_reach_their_bounds(monkeypatch):
     made = parsed(monkeypatch, "--rate 2 --count 1 --kind b --fast --some-names y z --no-compile --seed 0 --out o")
-    assert made == Made("o", 0, "auto", "auto", False, 2.0, 1, "b", True, ["y", "z"]) and type(made.rate) is float
+    assert made == Made("o", 0, "auto", "auto", False, 2.0, 0.0, 1, "b", True, ["y", "z"]) and type(made.rate) is float
     for pretrained, rate in ((False, 0.5), (True, 0.25)):  # what nobody set depends on the model
         fresh = parsed(monkeypatch, "")
-        assert fresh == Made("out", 0, "auto", "auto", None, None, None, "a", False, ["x"])
+        assert fresh == Made("out", 0, "auto", "auto", None, None, 0.0, None, "a", False, ["x"])
         settle(made, pretrained), settle(fresh, pretrained), fresh.some_names.append("no default of others")
         assert (made.rate, fresh.rate, fresh.count) == (2.0, rate, None)
+    for text in ("-1e-1", "-.5e0", "2"):  # argparse alone takes the first two for flags
+        assert parsed(monkeypatch, f"--shift {text}").shift == float(text)
 
 
-@pytest.mark.parametrize("line", ["--rate 0", "--rate 2.1", "--rate nan", "--rate -inf", "--count 0", "--count 1.5",
-                                  "--count x", "--kind c", "--fast=1", "--nothing 1", "--seed -1", "--some-names"])
+@pytest.mark.parametrize("line", ["--rate 0", "--rate 2.1", "--rate nan", "--shift -inf", "--shift", "--count 0",
+                                  "--count 1.5", "--kind c", "--fast=1", "--nothing 1", "stray", "--seed -1"])
 def test_what_a_flag_cannot_be_is_refused_by_its_name(monkeypatch, line):
     with pytest.raises(UserError, match=re.split("[ =]", line)[0] + "[^\n]*(bounds|made.py --help)"):
         parsed(monkeypatch, line)
@@ -148,6 +146,10 @@ def test_a_model_is_prepared_for_its_device(device, units, dim, flags, bf16, com
     assert policy.moved_to == device and blocks == (list(policy.blocks) if compiled and device == "cuda" else [])
     with pytest.raises(UserError, match="--device cuda: " + (".* try --device cpu" if device == "cuda" else "")):
         model.prepare_model(GPT(replace(TINY, head_dim=8)), Settings(device="cuda"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # and so to both: only the first one's message is shown
+    with pytest.raises(UserError, match="lower --nproc-per-node" if device == "cuda" else "there is none"):
+        model.choose_device(Settings(device="cuda"))
+    assert model.choose_device(Settings(device="cpu")) == CPU
 
 
 # ---- The log-prob kernel ----
@@ -242,8 +244,7 @@ def test_who_sees_whom_is_the_rule_token_by_token(monkeypatch):
 
 
 @pytest.mark.parametrize("count, copies, most", [(1, 9, 200), (2, 9, 200), (3, 60, 0), (4, 3, 150), (8, 1, 0)])
-def test_processes_and_passes_get_equal_shares_of_the_documents(documents, policy, count, copies, most, monkeypatch):
-    """Who gets no document takes part with nothing to say."""
+def test_processes_and_passes_get_equal_shares_of_the_documents(documents, count, copies, most, monkeypatch):
     many, passes = documents[:5] * copies, []
     lengths = [sum(len(part) for part in document) for document in many]
     for rank in range(count):
@@ -253,27 +254,11 @@ def test_processes_and_passes_get_equal_shares_of_the_documents(documents, polic
     sizes = [len(batch.tokens) for batch in passes if len(batch.members)]
     assert sorted(member for batch in passes for member in batch.members.tolist()) == list(range(len(many)))
     assert max(sizes) - min(sizes) <= max(lengths) and sum(sizes) == sum(lengths)
-    if count == 8:
-        logprobs, entropies = policy.logprobs(passes[-1])
-        logprobs.sum().backward()
-        assert len(logprobs) == len(entropies) == len(passes[-1].last) == 0
-        assert all(weight.grad is not None and not weight.grad.any() for weight in policy.parameters())
-
-
-def packed_logprobs(policy, documents, temperature):
-    """For each response of each document, its log-probs and entropies, all packed together in several passes."""
-    result = {}
-    for batch in pack(documents, policy.embedding.weight.device, 150):
-        pieces = torch.stack(policy.logprobs(batch, temperature), 1).cpu().split(batch.sequence.bincount().tolist())
-        names = [(member, branch) for member in batch.members.tolist() for branch in range(1, len(documents[member]))]
-        result |= zip(names, pieces, strict=True)
-    return [result[name] for name in sorted(result)]
 
 
 @pytest.mark.parametrize("dtype, tied, temperature", [("fp32", True, 1.0), ("fp32", False, 0.5), ("bf16", True, 1.0)])
-def test_logprobs_and_entropies_are_the_same_packed_with_siblings_alone_and_plain(
-    documents, dtype, tied, temperature, device
-):
+def test_logprobs_are_the_same_packed_with_siblings_alone_and_plain(documents, dtype, tied, temperature, device):
+    """And entropies."""
     torch.manual_seed(0)
     policy, expected = GPT(replace(TINY, tied=tied)), []
     alone = [(prompt, response) for prompt, *responses in documents for response in responses]
@@ -283,14 +268,14 @@ def test_logprobs_and_entropies_are_the_same_packed_with_siblings_alone_and_plai
         expected.append(torch.stack((plain_logprobs(policy, *pair, temperature), entropies), 1))
     policy.to(device).activations = torch.bfloat16 if dtype == "bf16" else torch.float32
     for parts in ([documents], [[document] for document in documents], [[pair] for pair in alone]):
-        results = [piece for some in parts for piece in packed_logprobs(policy, some, temperature)]
-        close(results, expected, TOLERANCES[device.type, dtype][0])  # bf16 rounds logits
+        batches = [lay_out(some, [*range(len(some))], device) for some in parts]
+        results = torch.cat([torch.stack(policy.logprobs(batch, temperature), 1).cpu() for batch in batches])
+        close(results, torch.cat(expected), TOLERANCES[device.type, dtype][0])  # bf16 rounds logits
 
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "checkpointed", "compiled"])
 def test_gradients_do_not_depend_on_the_size_of_a_pass(policy, documents, mode, device):
-    """Relative error of all gradients, the first of which are those of fp32. Checkpointing computes each block twice;
-    bf16 is for matrix products; what is compiled differs between devices."""
+    """The first gradients are fp32's. Checkpointing computes each block twice; bf16 is for matrix products."""
     gradients, begun, dtypes, dtype = [], [], set(), "bf16" if mode == "bf16" else "fp32"
     if mode != "compiled":
         policy.blocks[0].register_forward_pre_hook(lambda *_: begun.append(1))
@@ -311,8 +296,7 @@ def test_gradients_do_not_depend_on_the_size_of_a_pass(policy, documents, mode, 
 
 
 def test_flex_attention_equals_attention_by_document(policy, documents, device, monkeypatch):
-    """Bare attention on random queries, and the GPT: a mask a document, and on CUDA a block mask made from where the
-    documents begin. It looks at every block that FlexAttention's own trial of all pairs finds."""
+    """A mask a document; on CUDA a block mask, which covers each block that FlexAttention's own trial finds."""
     documents = [*documents, (torch.arange(310) % 97, torch.arange(5)), *documents]
     batch = lay_out(documents, [*range(len(documents))], CPU)
     with monkeypatch.context() as patch:
@@ -323,10 +307,7 @@ def test_flex_attention_equals_attention_by_document(policy, documents, device, 
     mask = model.block_mask(*about)
     tried = create_block_mask(visibility(*about), None, None, length, length, device=device).to_dense()
     assert length % 1024 == 0 and bool((mask.to_dense() >= tried).all()) and mask.to_dense().sum() <= 1.2 * tried.sum()
-    parts = [torch.randn(heads, length, 16, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2)]
     with torch.no_grad():
-        expected = attend(*(part[:, :real] for part in parts), batch.mask)
-        close(attend(*(part.to(device) for part in parts), mask)[:, :real].cpu(), expected)
         expected = policy(batch.tokens, batch.positions, batch.mask)
         found = policy.to(device)(row.tokens.to(device), row.positions.to(device), mask)
         close(found[:real].cpu(), expected, TOLERANCES[device.type, "fp32"][0])
@@ -335,8 +316,8 @@ def test_flex_attention_equals_attention_by_document(policy, documents, device, 
 # ---- Generation ----
 
 END = 3  # one token in twelve: many sequences end early
-ALIKE = [7, 1, 19, 12, 3, 16, 9, 5, 14, 2, 18, 11, 6, 10]
-UNLIKE = [1, 90, 4, 30, 2, 60, 45, 88, 7, 21, 3, 75, 12, 5, 33, 9]
+NEAR = [7, 1, 19, 12, 3, 16, 9, 5, 14, 2, 18, 11, 6, 10]
+FAR = [1, 90, 4, 30, 2, 60, 45, 88, 7, 21, 3, 75, 12, 5, 33, 9]
 
 
 def some_prompts(lengths):
@@ -362,8 +343,8 @@ def plain_generate(policy, prompts, max_new_tokens, temperature, seed):
 
 
 @pytest.mark.parametrize("lengths, steps, temperature, seed", [
-    (ALIKE, 26, 0, 0), (ALIKE, 26, 1.0, 1), (UNLIKE, 38, 0.6, 2), (UNLIKE, 38, 1.0, 3), (UNLIKE, 38, 3.0, 4),
-    (UNLIKE, 1, 1.0, 5), (UNLIKE, 9, 1.0, 6), ([1], 20, 1.0, 7), ([*range(1, 28)] * 10, 2, 1.0, 8),
+    (NEAR, 26, 0, 0), (NEAR, 26, 1.0, 1), (FAR, 38, 0.6, 2), (FAR, 38, 1.0, 3), (FAR, 38, 3.0, 4), (FAR, 1, 1.0, 5),
+    (FAR, 9, 1.0, 6), ([1], 20, 1.0, 7), ([*range(1, 28)] * 10, 2, 1.0, 8),
 ], ids=lambda value: str(value)[:12])
 def test_generation_equals_the_sampler_without_a_cache(lengths, steps, temperature, seed, device, monkeypatch):
     """Sequences leave at most eight steps after a tenth have ended, out of groups of different lengths, until all of a
@@ -427,8 +408,8 @@ def hostile_text(rng):
     return "".join(rng.choice(PIECES) if rng.random() < 0.8 else chr(rng.randrange(0x110000)) for _ in range(count))
 
 
-@pytest.mark.parametrize("tokenizer, form, lacking", [(BYTES, None, b""), (TOY, None, b""), (ODD, "NFKC", b"z\xc3\0")])
-def test_random_unicode_survives_encode_and_decode(tokenizer, form, lacking):
+@pytest.mark.parametrize("tokenizer, form, lost", [(LETTERS, None, b""), (TOY, None, b""), (ODD, "NFKC", b"z\xc3\0")])
+def test_random_unicode_survives_encode_and_decode(tokenizer, form, lost):
     """Half a surrogate pair becomes a replacement; bytes without a token are lost; end-of-text written out is text."""
     rng = random.Random(0)
     for text in [*PIECES, *(hostile_text(rng) for _ in range(500)), rng.randbytes(3000).decode("utf-8", "replace")]:
@@ -436,7 +417,7 @@ def test_random_unicode_survives_encode_and_decode(tokenizer, form, lacking):
         assert not {tokenizer.end, 255} & set(ids) and all(0 <= token < tokenizer.size for token in ids)
         kept = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         kept = unicodedata.normalize(form, kept) if form else kept
-        assert tokenizer.decode(ids) == kept.encode().translate(None, lacking).decode("utf-8", "replace")
+        assert tokenizer.decode(ids) == kept.encode().translate(None, lost).decode("utf-8", "replace")
         assert tokenizer.decode(torch.tensor([*tokenizer.begin, *ids, tokenizer.end])) == tokenizer.decode(ids)
     assert TOY.decode([0xC3, TOY.size + 7, 104]) == "\ufffdh"  # what is no UTF-8, and what is no token
 
@@ -499,8 +480,7 @@ def data_of(ending, *rows):
     """Rows in the form that a file's ending asks for."""
     if ending == ".parquet":
         file = io.BytesIO()
-        if pyarrow:
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), file)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), file)
         return file.getvalue()
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "surrogatepass")
     return {".jsonl": lines, ".jsonl.gz": gzip.compress(lines, 1, mtime=0), ".json": json.dumps(rows).encode()}[ending]
@@ -571,8 +551,6 @@ def test_files_of_a_folder_give_their_rows_in_order(tmp_path, monkeypatch):
     (tmp_path / "deep" / "er").mkdir(parents=True)
     names = "-x.jsonl", "a b.json", "c.parquet", "d.jsonl.gz", "deep/er/x.jsonl", "deep/x.parquet", "naïve %s 漢.json"
     for path in (tmp_path / name for name in names):
-        if path.suffix == ".parquet" and not pyarrow:
-            continue
         rows = [{"prompt": f"{path.name} {number}", "chosen": "é\n漢🙂", "rejected": "2"} for number in range(3)]
         path.write_bytes(data_of(path.name[path.name.index(".") :], *rows))
         expected += [(f"{path} row {number}", row) for number, row in enumerate(rows, 1)]
@@ -582,7 +560,7 @@ def test_files_of_a_folder_give_their_rows_in_order(tmp_path, monkeypatch):
     (tmp_path / "zipped").mkdir()
     (tmp_path / "zipped" / "rows.zip").write_bytes(b"PK")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "deep" / "-x").write_bytes(TABLE if pyarrow else GOOD)
+    (tmp_path / "deep" / "-x").write_bytes(TABLE)
     assert texts_of("deep/-x") == [TEXTS]  # not a name on the hub
     for limit in (None, 15, 7):
         assert list(read_rows(Settings(data=str(tmp_path), limit=limit))) == expected[:limit]
@@ -673,20 +651,15 @@ def test_odd_files_are_read_right_and_bad_ones_are_one_line_that_names_file_and_
         for path, stored in ((tmp_path / "a.jsonl", data), (tmp_path / "a.jsonl.gz", gzip.compress(data, 1))):
             path.write_bytes(stored)
             assert texts_of(path) == texts, data[:99]
-    for ending, data, says in (case for case in BAD_FILES if pyarrow or case[0] != ".parquet"):
-        path, ended = tmp_path / f"bad{ending}", "taken"
-        path.write_bytes(data)
-        try:
-            texts_of(path)
-        except UserError as error:
-            ended = str(error)
-        assert ended.startswith(f"{path}{says}") and "\n" not in ended, (data[:99], ended)
+    for ending, data, says in BAD_FILES:
+        (tmp_path / f"bad{ending}").write_bytes(data)
+        with pytest.raises(UserError, match=rf"\A{tmp_path}/bad{ending}{says}.*\Z"):
+            texts_of(tmp_path / f"bad{ending}")
 
 
 @pytest.mark.parametrize("source, name, where", [
     ("a/b", "a/b", {"name": None}), ("a-b/c.d:e@f_g", "a-b/c.d", {"name": "e", "split": "f_g"}),
-    ("hh@test", "Anthropic/hh-rlhf", {"data_dir": None, "split": "test"}),
-    ("hh", "Anthropic/hh-rlhf", {"data_dir": None}), ("hh:part", "Anthropic/hh-rlhf", {"data_dir": "part"}),
+    ("hh:part@test", "Anthropic/hh-rlhf", {"data_dir": "part", "split": "test"}),
     ("tldr", "openai/summarize_from_feedback",
      {"name": None, "revision": "refs/convert/parquet", "data_files": {"train": "comparisons/train/*.parquet"}}),
 ])
@@ -747,14 +720,14 @@ def test_training_and_test_pairs_share_no_prompt_and_know_their_gold_reward():
 @pytest.mark.parametrize("rewards", [None, torch.tensor([[1.0, 0.0], [2.0, 3.0], [5.0, 4.0]])])
 def test_pairs_survive_save_load_and_select(rewards, tmp_path):
     settings, lengths = Settings(out=str(tmp_path)), torch.tensor([[2, 1, 3], [1, 2, 1], [3, 1, 1]])
-    Pairs(torch.arange(15, dtype=torch.int32), lengths, BYTES, "toy", rewards, rewards).save(settings, "pairs.pt")
+    Pairs(torch.arange(15, dtype=torch.int32), lengths, LETTERS, "toy", rewards, rewards).save(settings, "pairs.pt")
     parts = [[[0, 1], [2], [3, 4, 5]], [[6], [7, 8], [9]], [[10, 11, 12], [13], [14]]]
     for indices in ([0, 1, 2], [2, 0]):
         found = load_pairs(settings, "pairs.pt").select(torch.tensor(indices))
         assert [[part.tolist() for part in found[n]] for n in range(len(found))] == [parts[index] for index in indices]
         for scores in (found.rewards, found.gold):
             assert scores is rewards is None or torch.equal(scores, rewards[indices])
-        assert (found.tokens.dtype, found.tokenizer.state, found.source) == (torch.int32, BYTES.state, "toy")
+        assert (found.tokens.dtype, found.tokenizer.state, found.source) == (torch.int32, LETTERS.state, "toy")
     found.select(torch.tensor([], dtype=torch.long)).save(settings, "hard.pt")
     with pytest.raises(UserError, match=r"hard\.pt: holds no pairs"):
         load_pairs(settings, "hard.pt")
@@ -771,9 +744,8 @@ def test_models_survive_save_and_load_and_other_files_are_refused_in_one_line(tm
         logits = [gpt(torch.arange(30)) @ gpt.vocabulary_weight.T for gpt in (loaded, network)]
         assert torch.equal(*logits)
     good, content = path.read_bytes(), torch.load(path, weights_only=True)
-    cases = [(content | {"kind": "pairs file"}, r"holds a pairs file .format 5., but a policy"),
-             (content | {"format": 99}, r"holds a policy .format 99."), (good, "goes back to other data than other.pt")]
-    cases += [(good[:length], "") for length in (0, 10, len(good) // 2, len(good) - 1)]
+    cases = [(content | {"format": 99}, r"holds a policy .format 99., but a policy .format 5."),
+             (good, "goes back to other data than other.pt"), (good[:0], ""), (good[:10], ""), (good[:-1], "")]
     cases += [(bad, "") for bad in (b"hello", [1, 2], {"kind": "policy"}, *(content | {name: {}} for name in content))]
     for name, size in (("more", 2), ("norm.weight", 3)):
         cases.append((content | {"weights": content["weights"] | {name: torch.zeros(size)}}, ""))
@@ -797,28 +769,7 @@ def test_a_file_that_would_run_code_is_refused_unrun(zipped, tmp_path):
     assert (tmp_path / "ran").exists()  # the file was armed
 
 
-@pytest.mark.parametrize("kind", [OSError, RuntimeError])
-def test_a_failed_write_leaves_the_old_file(kind, tmp_path, policy, monkeypatch):
-    def disk_full(content, file):
-        file.write(b"half of it")
-        raise kind("no space left")
-
-    save_model(Settings(out=str(tmp_path)), policy, BYTES)
-    before = (tmp_path / "sft.pt").read_bytes()
-    monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(UserError, match=r"sft\.pt: .*no space left"):
-        save_model(Settings(out=str(tmp_path)), policy, BYTES)
-    assert [(path.name, path.read_bytes() == before) for path in tmp_path.iterdir()] == [("sft.pt", True)]
-
-
 # ---- The training loop ----
-
-
-def training_of(tmp_path, examples=6, eps=1e-8, **flags):
-    """Training of a layer without bias, [1, 2], whose weights are both 1."""
-    layer = nn.Linear(2, 1, bias=False)
-    nn.init.ones_(layer.weight)
-    return Training(settled(out=str(tmp_path), **flags), examples, layer, eps)
 
 
 @pytest.mark.parametrize("steps, warmup, decay, expected", [
@@ -828,7 +779,8 @@ def training_of(tmp_path, examples=6, eps=1e-8, **flags):
     (4, 0.0, "linear", [2.0, 2.0, 4 / 3, 2 / 3]), (4, 1.0, "linear", [0.5, 1.0, 1.5, 2.0]),
 ])
 def test_learning_rates_by_hand(steps, warmup, decay, expected, tmp_path):
-    training = training_of(tmp_path, lr=2.0, steps=steps, warmup=warmup, decay=decay)
+    flags = {"lr": 2.0, "steps": steps, "warmup": warmup, "decay": decay}
+    training = Training(settled(out=str(tmp_path), **flags), 6, nn.Linear(2, 1))
     for training.step, rate in enumerate(expected):
         assert training.lr == pytest.approx(rate)
 
@@ -846,47 +798,24 @@ def test_an_epoch_is_a_shuffle_cut_into_batches(examples, size, sizes):
     assert model.count_steps(settled(epochs=0.14, batch_size=1), 50) == 7  # though 0.14 × 50 is a little more
 
 
-def test_two_updates_by_hand_and_one_that_is_not_finite(tmp_path):
-    """The gradient (3, 4) has norm 5, so it is clipped to (0.6, 0.8). AdamW with ε = 1, at half the rate as warm-up has
-    it: 0.5 g / (|g| + 1) = 0.1875, 0.222222. Then, without gradient, at the full rate: m = 0.09 g, v = 0.0475 g²;
-    1 − 0.9² = 0.19, 1 − 0.95² = 0.0975: (9/19) g / (0.697982 |g| + 1) = 0.200319, 0.243166."""
-    training = training_of(tmp_path, eps=1.0, lr=1.0, warmup=0.5, clip=1.0, steps=4)
-    weight, training.indices = training.model.weight, []
-    weight.grad = torch.tensor([[3.0, 4.0]])
-    assert training.optimize() == pytest.approx(5.0) and weight.grad is None
-    close(weight.detach(), torch.tensor([[1 - 0.1875, 1 - 0.222222]]))
-    training.step, weight.grad, training.indices = 1, torch.zeros(1, 2), [31, 4]
-    assert training.optimize() == 0.0
+def test_what_is_not_finite_stops_the_run(tmp_path):
+    training = Training(settled(out=str(tmp_path)), 6, nn.Linear(2, 1))
+    training.step, training.indices = 1, [31, 4]
     with pytest.raises(UserError, match=r"step 1: the loss is not finite, on .*pairs 4 31"):
         training.log(("loss",), "pairs", 1, 1, kl=torch.tensor(1.0), loss=math.inf)
     with pytest.raises(UserError, match="step 1: the grad_norm is not finite"):
         training.log((), "pairs", 1, 1, loss=1.0, grad_norm=torch.tensor(math.nan))
-    close(weight.detach(), torch.tensor([[1 - 0.1875 - 0.200319, 1 - 0.222222 - 0.243166]]))
-
-
-def test_a_loop_gives_the_steps_and_writes_a_log(tmp_path):
-    """A new run begins a new one. Half a line, as a power cut leaves it, is none."""
-    log, training = tmp_path / "sft.jsonl", training_of(tmp_path, 7, steps=5, batch_size=3, save_every=0)
-    for step, indices in training:
-        assert indices == batch_indices(7, 3, step, 0) and step == training.step
-        training.log(("loss",), "pairs", 3, 30, loss=step / 2)
-    for step, line in enumerate(read_log(log)):
-        assert (line["step"], line["loss"], line["tokens_per_second"]) == (step, step / 2, 30 / line["seconds"])
-        assert line["lr"] == pytest.approx([2e-3, 2e-3, 1.5e-3, 1e-3, 5e-4][step]) and 10 < line["peak_memory_mb"] < 1e5
-    log.write_text(log.read_text() + '{"step": 5, "lo')
-    del training  # the log's lock with it
-    assert len(read_log(log)) == 5 and training_of(tmp_path) and read_log(log) == []
 
 
 # ---- Supervised fine-tuning ----
 
 
 def test_the_command_equals_a_plain_loop(run, tmp_path, capsys):
-    """Five steps of 7 of 25 or so pairs, each in several passes: every logged number, the weights and the test loss."""
+    """Five steps of 7 pairs, each in several passes. Two steps of warm-up to a rate of 0.01; then 3/3, 2/3, 1/3."""
     rows = [{"prompt": f"{n} and {n}?{TURN}", "chosen": f" It is {2 * n}.", "rejected": " No."} for n in range(40)]
     (tmp_path / "rows.jsonl").write_bytes(data_of(".jsonl", *rows))
     fixed = f"--data {tmp_path}/rows.jsonl --vocabulary 270 --dim 32 --layers 1 --heads 2 --kv-heads 1 --context 40 "
-    fixed += "--max-response 20 --test-share 0.3 --seed 3 --batch-size 7 --lr 1e-2 --warmup 0 --decay constant "
+    fixed += "--max-response 20 --test-share 0.3 --seed 3 --batch-size 7 --lr 1e-2 --warmup 0.4 "
     fixed += "--pass-tokens 60 "
     run(model, fixed + "--save start.pt --steps 0")
     log = run(model, fixed + "--save model.pt --steps 5")
@@ -900,13 +829,19 @@ def test_the_command_equals_a_plain_loop(run, tmp_path, capsys):
         logprobs = torch.cat([plain_logprobs(policy, *pairs[index][:2]) for index in indices])
         return -logprobs.sum() / sum(len(pairs[index][1]) for index in indices)
 
-    assert len(log) == 5 and log[-1]["loss"] < log[0]["loss"] - 0.5
-    for step, line in enumerate(log):
-        loss = loss_of(train, batch_indices(len(train), 7, step, 3))
+    assert log[-1]["loss"] < log[0]["loss"] - 0.5 and max(line["grad_norm"] for line in log) > 1
+    for step, (line, rate) in enumerate(zip(log, (0.005, 0.01, 0.01, 0.02 / 3, 0.01 / 3), strict=True)):
+        indices = batch_indices(len(train), 7, step, 3)
+        loss = loss_of(train, indices)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.step(), optimizer.zero_grad()
-        assert (line["loss"], line["grad_norm"]) == pytest.approx((loss.item(), norm.item()), rel=1e-4)
+        expected = {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "lr": rate,
+                    "tokens_per_second": train.lengths[indices, :2].sum().item() / line["seconds"],
+                    "pairs_per_second": len(indices) / line["seconds"], "peak_memory_mb": line["peak_memory_mb"]}
+        assert line == pytest.approx(expected | {"seconds": line["seconds"]}, rel=1e-4)
+        assert line["seconds"] > 0 and 10 < line["peak_memory_mb"] < 1e5
     close(*([*network.parameters()] for network in (load_model(settings, "model.pt", GPT)[0], policy)), 1e-3)
     final = loss_of(test, range(len(test))).item()
     assert f"test loss {final:.3f} nats a token (perplexity {math.exp(final):.2f})" in capsys.readouterr().out

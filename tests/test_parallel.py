@@ -6,13 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import pytest
 import torch
-
-import model
 from test_commands import TERM, content, log, run, same_weights
+
+from model import processes
 
 CHAIN = [  # beside the quick flags of test_commands, whose learning rates would make more of rounding
     "model --limit 300 --layers 2 --batch-size 16 --lr 2e-3", "reward --steps 3", "split",
@@ -24,17 +22,12 @@ CHAIN = [  # beside the quick flags of test_commands, whose learning rates would
 SAVED = ["sft", "reward", "dpo", "one_pair", "ppo"]
 
 
-def run_chain(out: Path) -> None:
-    """All commands in this process; of several processes the last alone is told to stop, in the second step."""
+if __name__ == "__main__":  # all commands; of several processes the last alone is told to stop, in the second step
     for command, *flags in map(str.split, CHAIN):
-        rank, count = model.processes()
+        rank, count = processes()
         stopping = flags[-1:] == ["stopped.pt"] and rank == count - 1
-        result = run(command, out, *flags, hooks=[("model.Training.log", 2, TERM)] if stopping else [])
+        result = run(command, Path(sys.argv[1]), *flags, hooks=[("model.Training.log", 2, TERM)] if stopping else [])
         print(f"{result.out}{result.err}\nprocess {rank} exits with {result.code}", flush=True)
-
-
-if __name__ == "__main__":
-    run_chain(Path(sys.argv[1]))
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +35,17 @@ def outs(tmp_path_factory):
     """(folder of one process, folder of two, what the two printed)."""
     folder, environment = tmp_path_factory.mktemp("parallel"), {**os.environ, "OMP_NUM_THREADS": "1"}
     ways = {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
-    started = [
-        subprocess.Popen([sys.executable, *way, __file__, folder / name], stdout=subprocess.PIPE,
-                         stderr=subprocess.STDOUT, text=True, env=environment)
-        for name, way in ways.items()
-    ]
+    started, outputs = [], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    for name, way in ways.items():
+        command = [sys.executable, *way, __file__, folder / name]
+        started.append(subprocess.Popen(command, **outputs, env=environment))
     printed = [process.communicate(timeout=100)[0] for process in started]
     assert not any(process.returncode for process in started), printed
     return folder / "one", folder / "two", printed[1]
 
 
 def parts(path: Path) -> dict:
-    """What a file holds, by name: the weights and all else of a checkpoint, but of what made it only the data's id; or
-    the numbers of a log or a table."""
+    """What a file holds, by name: of what made a checkpoint the data's id alone."""
     if path.suffix == ".pt":
         held = content(path)
         return held | held.pop("weights", {}) | {"made": held["made"]["data"]}
@@ -83,13 +74,3 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step_and_they_go_on_a
     for out in outs[:2]:
         assert same_weights(out / "dpo.pt", out / "stopped.pt") and log(out / "dpo.jsonl") == log(out / "stopped.jsonl")
         assert not (out / "stopped.state.pt").exists()
-
-
-def test_a_process_without_a_gpu_of_its_own_is_told_so(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert model.choose_device(model.Settings()) == torch.device("cuda")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # and so to all: only the first one's message is shown
-    assert model.choose_device(model.Settings(device="cpu")) == torch.device("cpu")
-    with pytest.raises(model.UserError, match="lower --nproc-per-node"):
-        model.choose_device(model.Settings())

@@ -10,50 +10,31 @@ from conftest import (
 
 import ppo
 from model import GPT, UserError, generate, load_model, mixed_seed, pack
-from ppo import (
-    Settings, advantages_and_returns, ppo_loss, roll_out, rollout_metrics, shaped_rewards, update,
-    value_loss, whiten,
-)
+from ppo import advantages_and_returns, ppo_loss, roll_out, rollout_metrics, shaped_rewards, update, value_loss, whiten
 from reward import RewardModel
 
 LENGTHS = (5, 1, 9, 3, 12, 7, 2, 12)  # of the eight fixed answers below; those of 12 tokens did not end
 
 
 def make_settings(**changes):
-    return Settings(**{"max_new_tokens": 12, "kl_coefficient": 0.05, **changes})
+    return ppo.Settings(**{"max_new_tokens": 12, "kl_coefficient": 0.05, **changes})
+
+
+reference = pytest.fixture(lambda: tiny(3))
+critic = pytest.fixture(lambda: RewardModel(tiny(4)))
 
 
 @pytest.fixture
-def prompts(documents):
-    return [document[0] for document in documents[:8]]
-
-
-@pytest.fixture
-def reference():
-    return tiny(3)
-
-
-@pytest.fixture
-def critic():
-    return RewardModel(tiny(4))
-
-
-@pytest.fixture
-def roll(monkeypatch, prompts, policy, reference, reward_model, critic):
-    """A function that makes a rollout of eight fixed answers of many lengths, of which six end; in threes."""
+def rollout(monkeypatch, documents, policy, reference, reward_model, critic):
+    """Of eight fixed answers of many lengths, of which six end; in threes."""
     generator = torch.Generator().manual_seed(5)
     answers = [torch.randint(0, END, (length,), generator=generator) for length in LENGTHS]
     for answer in answers:
         if len(answer) < 12:
             answer[-1] = END
     monkeypatch.setattr(ppo, "generate", lambda *_: answers)
-
-    def make(device="cpu", **changes):
-        minibatches = torch.arange(8).split(3)
-        models = [network.to(device) for network in (policy, reference, reward_model, critic)]
-        return roll_out(make_settings(**changes), prompts, minibatches, END, 0, *models)
-
-    return make
+    prompts, minibatches = [prompt for prompt, *_ in documents[:8]], torch.arange(8).split(3)
+    return roll_out(make_settings(), prompts, minibatches, END, 0, policy, reference, reward_model, critic)
 
 
 def gradients(*models):
@@ -62,9 +43,6 @@ def gradients(*models):
     for model in models:
         model.zero_grad()
     return torch.cat(parts)
-
-
-# ---- The pure functions ----
 
 
 def test_1_shaped_rewards_by_hand():
@@ -84,12 +62,6 @@ def slow_gae(rewards, values, gamma, lam):
     values, steps = [*values, 0.0], range(len(rewards))
     deltas = [rewards[t] + gamma * values[t + 1] - values[t] for t in steps]
     return [sum((gamma * lam) ** (later - t) * deltas[later] for later in steps[t:]) for t in steps]
-
-
-def test_whiten_by_hand():
-    """Mean 3, variance (9 + 9 + 9 + 9) / 4 = 9. Equal values are finite: 0."""
-    torch.testing.assert_close(whiten(torch.tensor([0.0, 6.0, 6.0, 0.0])), torch.tensor([-1.0, 1.0, 1.0, -1.0]))
-    assert whiten(torch.tensor([2.0, 2.0])).tolist() == [0.0, 0.0]
 
 
 def test_ppo_loss_by_hand_in_the_four_cases():
@@ -114,36 +86,12 @@ def test_value_loss_by_hand():
     torch.testing.assert_close(values.grad, torch.tensor([0.0, 1.0, -1.9, 0.0]))
 
 
-# ---- Rollouts and updates ----
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_3_and_4_a_rollout_holds_what_plain_forwards_give(
-    roll, policy, reference, reward_model, critic, temperature
-):
-    """Log-probs of the sampling temperature; values of the state before each action; the score of the whole answer."""
-    rollout = roll(temperature=temperature)
-    assert rollout.ended.tolist() == [length < 12 for length in LENGTHS]
-    for row, document in enumerate(rollout.documents):
-        expected = {"logprobs": plain_logprobs(policy, *document, temperature),
-                    "reference_logprobs": plain_logprobs(reference, *document, temperature),
-                    "values": critic.head(plain_hidden(critic.trunk, *document))[:, 0]}
-        for name, plain in expected.items():
-            kept = getattr(rollout, name)[row]
-            torch.testing.assert_close(kept, torch.nn.functional.pad(plain, (0, 12 - len(plain))), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(rollout.scores[row], plain_score(reward_model, *document), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("gamma, lam, penalty, matching", [
-    (1.0, 0.95, 1.0, 1.0), (0.9, 0.5, 2.5, 0.01), (1.0, 1.0, 2.5, 0.01), (1.0, 1.0, 0.0, 1.0),
-])
-def test_1_2_4_and_5_advantages_and_returns_equal_loops_over_real_tokens(roll, gamma, lam, penalty, matching):
-    """With γ = λ = 1 the first return is score − β ΣKL, less a penalty where an answer did not end; the log shows the
-    reward model's own score. Nothing is bootstrapped past the end; returns are formed first; then all real tokens are
-    whitened together."""
-    rollout, raw = roll(), []
-    settings = make_settings(gamma=gamma, gae_lambda=lam, missing_eos_penalty=penalty, matching=matching)
+@pytest.mark.parametrize("gamma, lam, penalty, matching", [(1.0, 0.95, 1.0, 1.0), (0.9, 0.5, 2.5, 0.01),
+                                                           (1.0, 1.0, 2.5, 0.01), (1.0, 1.0, 0.0, 1.0)])
+def test_1_2_4_and_5_advantages_and_returns_equal_loops_over_real_tokens(rollout, gamma, lam, penalty, matching):
+    """With γ = λ = 1 the first return is score − β ΣKL, less a penalty where an answer did not end. Nothing is
+    bootstrapped past the end; returns are formed first; then all real tokens are whitened together, equal ones to 0."""
+    raw, settings = [], make_settings(gamma=gamma, gae_lambda=lam, missing_eos_penalty=penalty, matching=matching)
     silent = rollout.reference_logprobs.exp() > matching  # where the reference has no say
     assert 0 < silent[rollout.real].sum() < rollout.real.sum() or matching == 1.0
     log_ratios, scores = rollout.logprobs - rollout.reference_logprobs * ~silent, rollout.scores.clone()
@@ -157,15 +105,15 @@ def test_1_2_4_and_5_advantages_and_returns_equal_loops_over_real_tokens(roll, g
     raw, real = torch.tensor(raw), torch.arange(12) < torch.tensor(LENGTHS)[:, None]
     expected = (raw - raw.mean()) / raw.std(unbiased=False)
     torch.testing.assert_close(advantages[real], expected, rtol=1e-4, atol=1e-5)
-    assert not advantages[~real].any() and torch.equal(rollout.scores, scores)
+    assert not advantages[~real].any() and torch.equal(rollout.scores, scores) and not whiten(torch.ones(2)).any()
     if gamma == lam == 1:
         first = scores - penalty * ~rollout.ended - 0.05 * log_ratios.sum(1)
         torch.testing.assert_close(returns[:, 0], first, rtol=1e-4, atol=1e-4)
 
 
-def test_6_the_end_of_text_token_gets_a_policy_gradient(roll, policy, critic):
+def test_6_the_end_of_text_token_gets_a_policy_gradient(rollout, policy, critic):
     """An advantage of 3 at answer 2's last place alone: the gradient is that of −3 log π(end) / tokens."""
-    rollout, settings, rows = roll(), make_settings(value_coefficient=0.0), torch.tensor([0, 2, 5])
+    settings, rows = make_settings(value_coefficient=0.0), torch.tensor([0, 2, 5])
     advantages = torch.zeros_like(rollout.values)
     advantages[2, LENGTHS[2] - 1] = 3.0
     update(settings, rollout, rows, advantages, torch.zeros_like(advantages), policy, critic)
@@ -177,36 +125,15 @@ def test_6_the_end_of_text_token_gets_a_policy_gradient(roll, policy, critic):
 
 
 @pytest.fixture
-def off_policy(roll, policy, critic):
-    """Settings, a rollout, its advantages and returns, as a few steps would leave them: models that have moved since,
-    so that nothing is 0 or 1 by chance."""
-    rollout, settings = roll(), make_settings(clip_ratio=0.1, clip_value=0.05, value_coefficient=0.5)
+def off_policy(rollout, policy, critic):
+    """Settings, a rollout, its advantages and returns; the models have moved since, so that nothing is 0 or 1."""
+    settings = make_settings(clip_ratio=0.1, clip_value=0.05, value_coefficient=0.5)
     advantages, returns = advantages_and_returns(settings, rollout)
     torch.manual_seed(6)
     with torch.no_grad():
         for parameter in [*policy.parameters(), *critic.parameters()]:
             parameter += 0.05 * parameter.abs().mean() * torch.randn_like(parameter)
     return settings, rollout, advantages, returns
-
-
-@pytest.mark.parametrize("size", [1, 60])
-def test_8_the_gradient_does_not_depend_on_the_passes(monkeypatch, off_policy, policy, critic, size):
-    """All answers in one pass, and in several; and a minibatch is the mean of its pieces, weighted by tokens."""
-    settings, rollout, *targets = off_policy
-    rows = torch.tensor([5, 0, 7, 2, 1, 6, 3, 4])
-    totals = update(settings, rollout, rows, *targets, policy, critic)
-    one, pieces, passes = gradients(policy, critic), 0, []
-    for some in rows.view(4, 2):
-        update(settings, rollout, some, *targets, policy, critic)
-        pieces = pieces + gradients(policy, critic) * rollout.lengths[some].sum() / sum(LENGTHS)
-    monkeypatch.setattr(ppo, "pack", lambda some, device, _: passes.extend(pack(some, device, size)) or passes)
-    many_totals = update(settings, rollout, rows, *targets, policy, critic)
-    many = gradients(policy, critic)
-    assert len(passes) > 2 and one.abs().max() > 1e-2
-    torch.testing.assert_close(many, one, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(pieces, one, rtol=1e-3, atol=1e-6)
-    assert {name: total.item() for name, total in many_totals.items()} == pytest.approx(
-        {name: total.item() for name, total in totals.items()}, rel=1e-4, abs=1e-6)
 
 
 @torch.no_grad()
@@ -227,20 +154,32 @@ def slow_statistics(rollout, row, advantages, returns, policy, critic):
                "clip_fraction": float(abs(ratio - 1) > 0.1)}
 
 
-def test_9_statistics_of_an_update_are_means_over_its_real_tokens(off_policy, policy, critic):
-    """For a minibatch of four, on models that have moved."""
+@pytest.mark.parametrize("size", [1, 60])
+def test_8_and_9_gradients_and_statistics_do_not_depend_on_the_passes(monkeypatch, off_policy, policy, critic, size):
+    """A minibatch is the mean of its pieces, weighted by tokens. Statistics are means over its real tokens."""
     settings, rollout, *targets = off_policy
-    totals = update(settings, rollout, torch.tensor([6, 2, 4, 1]), *targets, policy, critic)
-    tokens = [one for row in (6, 2, 4, 1) for one in slow_statistics(rollout, row, *targets, policy, critic)]
+    rows = torch.tensor([5, 0, 7, 2, 1, 6, 3, 4])
+    totals = update(settings, rollout, rows, *targets, policy, critic)
+    one, pieces, passes = gradients(policy, critic), 0, []
+    for some in rows.view(4, 2):
+        update(settings, rollout, some, *targets, policy, critic)
+        pieces = pieces + gradients(policy, critic) * rollout.lengths[some].sum() / sum(LENGTHS)
+    monkeypatch.setattr(ppo, "pack", lambda some, device, _: passes.extend(pack(some, device, size)) or passes)
+    many_totals = update(settings, rollout, rows, *targets, policy, critic)
+    many = gradients(policy, critic)
+    assert len(passes) > 2 and one.abs().max() > 1e-2
+    torch.testing.assert_close(many, one, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(pieces, one, rtol=1e-3, atol=1e-6)
+    tokens = [one for row in rows.tolist() for one in slow_statistics(rollout, row, *targets, policy, critic)]
     expected = {name: sum(one[name] for one in tokens) / len(tokens) for name in tokens[0]}
     assert 0 < expected["clip_fraction"] < 1
-    assert {name: total.item() for name, total in totals.items()} == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    for found in (totals, many_totals):
+        assert {name: total.item() for name, total in found.items()} == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
-def test_9_statistics_of_a_rollout_are_over_real_tokens(roll):
+def test_9_statistics_of_a_rollout_are_over_real_tokens(rollout):
     """KL is a sum over each answer's tokens, then a mean over answers; the explained variance leaves padding out. Gold
     reward: a step and a polite sentence, 1.5, and a rude one, −1."""
-    rollout = roll()
     _, returns = advantages_and_returns(make_settings(), rollout)
     real = torch.arange(12) < torch.tensor(LENGTHS)[:, None]
     kl = (rollout.logprobs - rollout.reference_logprobs)[real].sum().item() / 8
@@ -251,9 +190,6 @@ def test_9_statistics_of_a_rollout_are_over_real_tokens(roll):
     prompt, texts = "paint my chair.", (" Sand the chair first. Happy to help!", " Stop wasting my time.")
     rollout.documents = [(spell(prompt), spell(text)) for text in texts]
     assert rollout_metrics(rollout, returns, LETTERS, "toy")["gold_reward"] == 0.25
-
-
-# ---- The command ----
 
 
 def recorded(monkeypatch, name):
@@ -269,50 +205,44 @@ def recorded(monkeypatch, name):
     return calls
 
 
-def test_every_model_is_the_file_that_is_named_and_plays_its_part(
-    run, monkeypatch, tmp_path, documents, policy, reference, reward_model, critic
-):
-    """Six prompts, four and two a step, at a rate that is felt; the default names would find others. Answers are the
-    sampler's, with other noise each step. 10: KL is paid to --reference. 4: the critic starts as the reward model, and
-    training it never moves that one."""
+def test_every_model_plays_its_part(run, monkeypatch, tmp_path, documents, policy, reference, reward_model, critic):
+    """Six prompts, four and two a step; the default names would find other files. Answers are the sampler's, with other
+    noise each step; a rollout holds what plain forwards give at the sampling temperature, and 0 past an answer's end.
+    10: KL is paid to --reference. 4: the critic starts as the reward model, and training it never moves that one."""
     files = {"mine": documents[3:], "start": policy, "judge": reward_model, "anchor": reference}
     write(tmp_path, hard=documents[:3], dpo=reference, reward=critic, **files)
     for model in (policy, reward_model, reference):
         model.requires_grad_(False)
     calls, rollouts = recorded(monkeypatch, "generate"), recorded(monkeypatch, "roll_out")
-    flags = "--temperature 0.7 --max-new-tokens 60 --lr 1e-2 --warmup 0 --seed 5 --batch-size 4 --steps 2"
-    log = run(ppo, f"--data mine.pt --init start.pt --reward judge.pt --reference anchor.pt {flags}")
+    names = "--data mine.pt --init start.pt --reward judge.pt --reference anchor.pt --temperature 0.7"
+    sizes = "--max-new-tokens 60 --batch-size 4 --minibatch-size 3 --steps 2"
+    log = run(ppo, f"{names} {sizes} --lr 1e-2 --warmup 0 --seed 5")
     assert [arguments["seed"] for arguments, _ in calls] == [mixed_seed(5, 0), mixed_seed(5, 1)]
     asked = sorted(prompt.tolist() for _, rollout in rollouts for prompt, _ in rollout.documents)
     assert asked == sorted(prompt.tolist() for prompt, *_ in documents[3:])
-    moved, close = [], {"rtol": 1e-4, "atol": 1e-4}
     for step, (_, rollout) in enumerate(rollouts):
         answers = generate(policy, [prompt for prompt, _ in rollout.documents], END, 60, 0.7, mixed_seed(5, step))
         same = [torch.equal(ours, theirs) for ours, (_, theirs) in zip(answers, rollout.documents, strict=True)]
         assert all(same) == (step == 0)
-        far = []
-        for row, document in enumerate(rollout.documents):
-            real = rollout.real[row]
-            expected = plain_logprobs(reference, *document, 0.7)
-            torch.testing.assert_close(rollout.reference_logprobs[row, real], expected, **close)
-            torch.testing.assert_close(rollout.scores[row], plain_score(reward_model, *document), **close)
-            first_values = reward_model.head(plain_hidden(reward_model.trunk, *document))[:, 0]
-            first_logprobs = plain_logprobs(policy, *document, 0.7)
-            far.append([(rollout.values[row, real] - first_values).abs().max(),
-                        (rollout.logprobs[row, real] - first_logprobs).abs().max()])
-        moved.append(torch.tensor(far).amax(0))  # critic, policy
-    assert moved[0].max() < 1e-4 < 1e-2 < moved[1].min()
-    assert any(rollout.ended.any() for _, rollout in rollouts)
+        assert rollout.ended.tolist() == [bool(answer[-1] == END) for _, answer in rollout.documents]
+        for name, moving, plain in (
+            ("reference_logprobs", False, lambda *document: plain_logprobs(reference, *document, 0.7)),
+            ("scores", False, lambda *document: plain_score(reward_model, *document)[None]),
+            ("logprobs", True, lambda *document: plain_logprobs(policy, *document, 0.7)),
+            ("values", True, lambda *document: reward_model.head(plain_hidden(reward_model.trunk, *document))[:, 0]),
+        ):
+            parts = [plain(*document) for document in rollout.documents]
+            expected = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+            off = (getattr(rollout, name).view_as(expected) - expected).abs().max()
+            assert off > 1e-2 if step and moving else off < 5e-5, name
+    assert 0 < sum(rollout.ended.sum() for _, rollout in rollouts) < 6
     kl = (rollouts[0][1].logprobs - rollouts[0][1].reference_logprobs).sum().item() / 4
     assert abs(kl) > 1e-2 and log[0]["kl"] == pytest.approx(kl, rel=1e-3)
 
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "fp32 --grad-checkpoint", "fp32 --temperature 0.7"])
-def test_3_and_7_at_learning_rate_0_the_command_stays_on_policy_to_the_last_digit_in_every_mode(
-    run, tmp_path, policy, reference, reward_model, documents, mode, device
-):
-    """By default the reference is the policy that PPO starts from: KL 0, ratio 1, nothing clipped, in every step; on a
-    GPU nearly so. A ratio is a mean of ones."""
+def test_3_and_7_rate_0_stays_on_policy(run, tmp_path, policy, reference, reward_model, documents, mode, device):
+    """To the last digit, at each step; on a GPU nearly so. The default reference is the policy that PPO starts from."""
     write(tmp_path, hard=documents, start=policy, dpo=reference, reward=reward_model)
     flags = f"--init start.pt --lr 0 --batch-size 4 --minibatch-size 2 --ppo-epochs 1 --device {device} --dtype {mode}"
     log, same = run(ppo, f"{flags} --steps 2 --max-new-tokens 8"), TOLERANCES[device.type, mode.split()[0]][2]
@@ -321,22 +251,15 @@ def test_3_and_7_at_learning_rate_0_the_command_stays_on_policy_to_the_last_digi
     assert [line["approx_kl"] for line in log] == pytest.approx([0.0, 0.0], rel=0, abs=same)
 
 
-@pytest.fixture
-def start(tmp_path, policy, reward_model, documents):
-    """What ppo.py needs, in the folder."""
+def test_10_every_pass_is_shuffled_and_cut_anew(run, monkeypatch, tmp_path, policy, reward_model, documents):
+    """Three passes over 18 answers, seven an update: each has all answers once, no two are cut the same, nor is any in
+    order. 3: old log-probs are read in the first one's minibatches. The log holds means over all updates of a step."""
     write(tmp_path, hard=documents * 2, dpo=policy, reward=reward_model)
-    return "--max-new-tokens 8 --lr 1e-2 --warmup 0 "
-
-
-def test_10_every_pass_over_a_batch_is_shuffled_and_cut_anew_and_the_log_holds_means_over_all_updates_of_a_step(
-    run, monkeypatch, tmp_path, start
-):
-    """Two steps of three passes over 18 answers, seven an update: each pass has every answer once, no two are cut the
-    same, nor is any in order. 3: old log-probs are read in the minibatches of a step's first pass."""
     updates, packed, norms = recorded(monkeypatch, "update"), recorded(monkeypatch, "pack"), []
     clip = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *all: norms.append(clip(*all)) or norms[-1])
-    log = run(ppo, start + "--steps 2 --batch-size 18 --minibatch-size 7 --ppo-epochs 3")
+    sizes = "--steps 2 --batch-size 18 --minibatch-size 7 --ppo-epochs 3 --max-new-tokens 8"
+    log = run(ppo, f"{sizes} --lr 1e-2 --warmup 0")
     rows = [arguments["rows"] for arguments, _ in updates]
     assert [len(some) for some in rows] == [7, 7, 4] * 6
     cuts = {frozenset(frozenset(some.tolist()) for some in torch.arange(18).split(7))}
@@ -351,25 +274,23 @@ def test_10_every_pass_over_a_batch_is_shuffled_and_cut_anew_and_the_log_holds_m
     assert len(norms) == 18
     for some, line in zip((slice(9), slice(9, 18)), log, strict=True):
         assert line["updates"] == 9 and (abs(line["kl"]) > 1e-3) == (line["step"] > 0)  # from before the first update
-        assert line["tokens_per_second"] * line["seconds"] == pytest.approx(18 * line["length"])
+        done = [line[f"{what}_per_second"] * line["seconds"] for what in ("tokens", "episodes")]
+        assert done == pytest.approx([18 * line["length"], 18])
         expected = {name: sum(totals[name].item() for _, totals in updates[some]) / 9 for name in updates[0][1]}
         expected["grad_norm"] = sum(norms[some]).item() / 9
         assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-7)
-    saved, _ = load_model(Settings(out=str(tmp_path), device="cpu"), "ppo.pt", GPT)
+    saved, _ = load_model(ppo.Settings(out=str(tmp_path), device="cpu"), "ppo.pt", GPT)
     for ours, theirs in zip(saved.parameters(), updates[-1][0]["policy"].parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("broken, message", [("reward", "is not finite"), ("room", "--max-new-tokens 100")])
-def test_what_would_go_wrong_later_stops_the_run_at_once(
-    run, tmp_path, start, policy, reward_model, documents, broken, message
-):
+def test_what_would_go_wrong_later_stops_the_run_at_once(run, tmp_path, policy, reward_model, documents):
     """A reward of infinity before the critic learns from it; too long a prompt among those of later steps."""
-    if broken == "reward":
-        torch.nn.init.constant_(reward_model.head.bias, torch.inf)
-        write(tmp_path, reward=reward_model)
-    else:
-        short = [document for document in documents if len(document[0]) < 28]
-        write(tmp_path, hard=[*short, (torch.zeros(29).long(), *documents[0][1:])])
-    with pytest.raises(UserError, match=message):
-        run(ppo, "--max-new-tokens 100 --steps 0" if broken == "room" else start + "--batch-size 4 --steps 1")
+    torch.nn.init.constant_(reward_model.head.bias, torch.inf)
+    write(tmp_path, hard=documents, dpo=policy, reward=reward_model)
+    with pytest.raises(UserError, match="is not finite"):
+        run(ppo, "--max-new-tokens 8 --steps 1")
+    short = [document for document in documents if len(document[0]) < 28]
+    write(tmp_path, hard=[*short, (torch.zeros(29).long(), *documents[0][1:])])
+    with pytest.raises(UserError, match="--max-new-tokens 100"):
+        run(ppo, "--max-new-tokens 100 --steps 0")

@@ -165,11 +165,8 @@ CHATS = [  # of Qwen's kind, whose end token is not the tokenizer's last word; o
 {{- "[INST] " + message.content + " [/INST]" }}{% elif message.role == "assistant" %}
 {{- " " + message.content + eos_token }}{% else %}{{ raise_exception("no " + message.role) }}{% endif %}
 {%- endfor %}"""),
-    ("llama3", END, """{% for message in messages %}
-  {% if true %}
-{{ message.content + eos_token }}
-  {%- endif %}
-{% endfor %}"""),  # nothing begins, and a prompt ends as an answer does
+    ("llama3", END, "{% for message in messages %}\n  {% if true %}\n{{ message.content + eos_token }}\n  {%- endif %}"
+     "\n{% endfor %}"),  # nothing begins, and a prompt ends as an answer does
 ]
 
 

@@ -84,11 +84,6 @@ def test_calibration_by_hand(odds, table):
         assert line == pytest.approx(expected, abs=1e-4)
 
 
-# ---- The command ----
-
-def saved_model(folder):
-    return load_model(reward.Settings(out=str(folder), device="cpu"), "reward.pt", RewardModel)[0]
-
 
 def test_the_command_equals_a_plain_loop(run, tmp_path, capsys, policy, documents):
     """Three steps on all nine pairs, each in several passes, from the weights that a run at rate 0 shows: the log, the
@@ -99,11 +94,11 @@ def test_the_command_equals_a_plain_loop(run, tmp_path, capsys, policy, document
     write(tmp_path, pairs=documents[:4], test=documents[:4], sft=GPT(TINY), **files)
     assert len(list(pack(documents, CPU, 150))) > 1
     flags = "--data mine.pt+more.pt --test held.pt --init start.pt --batch-size 9 --warmup 0 --decay constant "
-    flags += "--pass-tokens 150 "
+    flags, settings = flags + "--pass-tokens 150 ", reward.Settings(out=str(tmp_path), device="cpu")
     run(reward, flags + "--lr 0 --steps 1 --seed 3")
-    another_head = saved_model(tmp_path).head.weight
+    another_head = load_model(settings, "reward.pt", RewardModel)[0].head.weight
     run(reward, flags + "--lr 0 --steps 1")
-    model = saved_model(tmp_path)
+    model, _ = load_model(settings, "reward.pt", RewardModel)
     assert not torch.equal(model.head.weight, another_head)
     for ours, theirs in zip(model.trunk.parameters(), policy.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -118,12 +113,13 @@ def test_the_command_equals_a_plain_loop(run, tmp_path, capsys, policy, document
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         expected = {"loss": loss.item(), "accuracy": (gaps > 0).float().mean().item(), "grad_norm": norm.item()}
         assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-5)
-        assert line["tokens_per_second"] * line["seconds"] == pytest.approx(len(make_pairs(documents).tokens))
+        done = [line[f"{what}_per_second"] * line["seconds"] for what in ("tokens", "pairs")]
+        assert done == pytest.approx([len(make_pairs(documents).tokens), 9])
         optimizer.step()
         optimizer.zero_grad()
     assert log[0]["accuracy"] not in (0.0, 0.5, 1.0)
     rewards = plain_rewards(model, documents).detach()
-    found = score_pairs(saved_model(tmp_path), make_pairs(documents), CPU)
+    found = score_pairs(load_model(settings, "reward.pt", RewardModel)[0], make_pairs(documents), CPU)
     assert found.mean().item() == pytest.approx(0.0, abs=1e-4)
     torch.testing.assert_close(found, rewards - rewards.mean(), rtol=1e-2, atol=1e-2)
     assert (found[:4, 0] > found[:4, 1]).all()

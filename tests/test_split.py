@@ -10,7 +10,7 @@ from conftest import LETTERS, make_pairs, plain_logprobs, spell, tiny, write
 import model
 import split
 from model import GPT, CommonSettings, UserError, load_model, load_pairs, mixed_seed, read_log
-from split import describe, easy_mask, histogram
+from split import easy_mask, histogram
 
 
 @pytest.mark.parametrize("fraction, threshold, easy, gamma", [
@@ -54,23 +54,10 @@ def test_histogram_counts_every_gap_and_marks_gamma_once_wherever_it_lies():
     assert histogram_counts(line) == [5]
 
 
-def test_description_gives_size_agreement_and_wrong_labels():
-    """The reward model agrees with one of two labels; by gold, one of two is wrong (a tie is not)."""
-    part = make_pairs([(torch.ones(1),) * 3] * 2, gold=torch.tensor([[1.0, 2.0], [1.0, 1.0]]))
-    part.rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    line = describe("easy", part)
-    assert line == "easy: 2 pairs, the reward model agrees with 50.0% of the labels, 50.0% of the labels are wrong"
-    assert describe("hard", part.select(torch.tensor([], dtype=torch.long))) == "hard: 0 pairs"
-
-
-# ---- The command ----
-
-
 @pytest.fixture
 def divide(run, tmp_path, reward_model, documents):
-    """A function that runs the command on nine pairs; returns the numbers of the easy and the hard ones, and all their
-    rewards. The gold reward of a pair's chosen side is its number; the four odd pairs are labelled wrongly, the even
-    ones are ties."""
+    """A function that runs the command on nine pairs; returns the numbers of easy and hard ones, and all rewards. By
+    gold, a pair's number is the reward of its chosen side, the four odd ones are labelled wrongly, the others tie."""
     gold = torch.stack((torch.arange(9.0), torch.arange(9.0) + torch.arange(9) % 2), 1)
     write(tmp_path, pairs=make_pairs(documents, source="toy", gold=gold), reward=reward_model)
 
@@ -86,14 +73,14 @@ def divide(run, tmp_path, reward_model, documents):
     return call
 
 
-def test_command_puts_the_largest_gaps_into_easy_and_writes_both_parts_even_if_one_is_empty(divide):
+def test_command_puts_the_largest_gaps_into_easy_and_writes_both_parts_even_if_one_is_empty(divide, capsys):
     """Or by chance: the control keeps the sizes and every pair, but not the members."""
     easy, hard, rewards = divide("--fraction 0.34")
     gaps = (rewards[:, 0] - rewards[:, 1]).tolist()
     order = sorted(range(9), key=lambda index: -gaps[index])
     assert (easy, hard) == (sorted(order[:3]), sorted(order[3:]))
     assert divide("--fraction 0")[:2] == ([], list(range(9)))
-    assert divide("--fraction 1")[:2] == (list(range(9)), [])
+    assert divide("--fraction 1")[:2] == (list(range(9)), []) and "\nhard: 0 pairs\n" in capsys.readouterr().out
     members = {tuple(easy)}
     for seed in range(3):
         easy, hard, _ = divide(f"--fraction 0.34 --by random --seed {seed}")
@@ -103,8 +90,7 @@ def test_command_puts_the_largest_gaps_into_easy_and_writes_both_parts_even_if_o
 
 
 def test_command_heeds_threshold_gap_and_file_names(divide, tmp_path, capsys):
-    """By absolute gap, at a γ between the second largest and the next, in files of other names than the default ones;
-    there, nothing is to be found. The histogram counts the four wrong labels."""
+    """By absolute gap, at a γ between the second largest and the next, in files of other names than the defaults."""
     *_, rewards = divide("")
     for old, new in (("pairs", "mine"), ("reward", "judge"), ("easy", "old"), ("hard", "older")):
         (tmp_path / f"{old}.pt").rename(tmp_path / f"{new}.pt")
@@ -117,35 +103,40 @@ def test_command_heeds_threshold_gap_and_file_names(divide, tmp_path, capsys):
     easy, hard, _ = divide(f"{files} --gap absolute --threshold {gamma}", names=("a.pt", "b.pt"))
     assert (easy, hard) == (sorted(order[:2]), sorted(order[2:]))
     assert not (tmp_path / "easy.pt").exists()
-    bins = re.findall(r"to +\S+ +(\d+) +(\d+)% wrong", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    for name, part in (("easy", easy), ("hard", hard)):
+        agree, wrong = sum(gaps[index] > 0 for index in part) / len(part), sum(index % 2 for index in part) / len(part)
+        said = f"{name}: {len(part)} pairs, the reward model agrees with {agree:.1%} of the labels, {wrong:.1%} of the"
+        assert f"{said} labels are wrong" in printed
+    bins = re.findall(r"to +\S+ +(\d+) +(\d+)% wrong", printed)
     assert sum(int(count) for count, _ in bins) == 9
     assert sum(int(count) * int(share) / 100 for count, share in bins) == pytest.approx(4, abs=0.1)
 
 
-# ---- Own answers, joined files, and what is trained on them ----
-
-ANSWERS = [  # to five prompts: three texts, of which those with … did not end, and their rewards
+ANSWERS = [  # to six prompts: three texts, of which those with … did not end, and their rewards
     ([" Sand the chair first.", " What a stupid question.", " Happy to help! …"], [1.0, 2.0, 3.0]),
     ([" Happy to help!", " Happy to help!", " Happy to help!"], [1.0, 2.0, 3.0]),
     ([" Happy to help!", " What a stupid question. …", " Anyway. …"], [1.0, 2.0, 3.0]),
     ([" Happy to help!", "", " Great question!"], [2.0, 1.0, 2.0]),
+    ([" Anyway.\n\nHuman: Why?", " What a stupid question.", " Happy to help!\n\nHuman: Why?"], [1.0, 2.0, 3.0]),
     ([" Carry the chair slowly.", " Anyway.", " Drink more water."], [2.0, 2.0, 2.0]),
 ]
 
 
 @pytest.mark.parametrize("chosen, texts, gold", [
     ("best", [(" What a stupid question.", " Sand the chair first.")], [[-1.0, 1.0]]),
-    ("gold", [(ANSWERS[0][0][0], " What a stupid question."), (ANSWERS[4][0][0], " Drink more water.")],
+    ("gold", [(ANSWERS[0][0][0], " What a stupid question."), (ANSWERS[5][0][0], " Drink more water.")],
      [[1.0, -1.0], [1.0, -0.5]]),
-    ("labelled", [(" Well.", ANSWERS[number][0][0]) for number in (0, 1, 2, 4)],
+    ("labelled", [(" Well.", ANSWERS[number][0][0]) for number in (0, 1, 2, 5)],
      [[-0.25, 1.0], [-0.25, 0.5], [-0.25, 0.5], [-0.25, 1.0]]),
 ])
 def test_own_answers_by_hand(run, monkeypatch, tmp_path, capsys, policy, reward_model, chosen, texts, gold):
-    """What makes no pair: equal texts, a lone one, an empty one, equal rewards or gold. Twos that differ by gold: one
-    of the first prompt, ordered wrongly; two of the fourth, rightly; three of the last, ties, each ½: 3.5 of 6."""
-    prompts = [spell(f"\n\nHuman: How do I {task} my old chair?\n\nAssistant:…") for task in ["paint"] * 4 + ["move"]]
+    """What makes no pair: equal texts, a lone one, an empty one, equal rewards or gold, a human's turn in the best, or
+    in the worst alone (for "labelled"). Twos that differ by gold: one of the first prompt, ordered wrongly; two of the
+    fourth, rightly; three of the fifth, one wrongly; three of the last, ties, each ½: 5.5 of 9."""
+    prompts = [spell(f"\n\nHuman: How do I {task} my old chair?\n\nAssistant:…") for task in ["paint"] * 5 + ["move"]]
     pairs = make_pairs([(prompt, spell(" Well."), spell(" Boil.")) for prompt in prompts], LETTERS, "toy")
-    pairs.gold, calls, scored = torch.tensor([[-0.25, 0.0]] * 5), [], []
+    pairs.gold, calls, scored = torch.tensor([[-0.25, 0.0]] * 6), [], []
 
     def generate(policy, prompts, *more):
         calls.append(more)
@@ -168,19 +159,16 @@ def test_own_answers_by_hand(run, monkeypatch, tmp_path, capsys, policy, reward_
     assert [tuple(LETTERS.decode(part) for part in found[index][1:]) for index in range(len(found))] == texts
     assert (found.gold.tolist(), found.source) == (gold, "toy")
     assert found.rewards[0].tolist() == {"best": [2, 1], "gold": [1, 2], "labelled": [9, 1]}[chosen]
-    assert "58.3% of 6 pairs of answers" in printed and f"80.0% ended; {5 - len(texts)} prompts make no pair" in printed
+    assert "61.1% of 9 pairs of answers" in printed and f"83.3% ended; {6 - len(texts)} prompts make no pair" in printed
     assert read_log(tmp_path / "easy.jsonl")[0]["generated"] == sum(len(spell(t)) for some, _ in ANSWERS for t in some)
 
 
-@pytest.mark.parametrize("flags, said", [
-    ("--easy same.pt --hard same.pt", "--easy same.pt"), ("--easy sub/same.pt", "--easy sub/same.pt"),
-    ("--policy sft.pt --chosen gold", "--chosen gold"), ("--policy sft.pt --max-new-tokens 1", "--policy sft.pt"),
-])
-def test_what_makes_no_two_files_of_pairs_leaves_none(run, tmp_path, policy, reward_model, documents, flags, said):
-    """One name for both, a name outside the folder; no gold is known; no answer ends."""
+@pytest.mark.parametrize("flags, said", [("--chosen gold", "--chosen gold"), ("--max-new-tokens 1", "--policy sft.pt")])
+def test_where_no_answers_make_a_pair_no_file_is_written(run, tmp_path, policy, reward_model, documents, flags, said):
+    """No gold is known; no answer ends."""
     write(tmp_path, pairs=documents, sft=policy, reward=reward_model)
     with pytest.raises(UserError, match=f"^{said}"):
-        run(split, flags)
+        run(split, f"--policy sft.pt {flags}")
     assert {path.name for path in tmp_path.rglob("*")} == {"pairs.pt", "sft.pt", "reward.pt"}
 
 

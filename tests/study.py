@@ -340,13 +340,20 @@ def tuning_table(numbers: Numbers, rows: list[str]) -> str:
     return "\n".join(tables)
 
 
-def shift_accuracies(run: Run, data: str) -> dict[str, float]:
+def said_again(text: str) -> int:
+    """How many sentences of an answer are not the first of their kind in it."""
+    sentences = [sentence.strip() for sentence in re.findall(r"[^.!?]+[.!?]?", text) if sentence.strip()]
+    return len(sentences) - len(set(sentences))
+
+
+def measure_shift(run: Run, data: str) -> dict[str, float]:
     """How often the reward model, and the implicit reward log π − log π_SFT of either DPO policy, order two responses
     as gold does: of those pairs of a file whose gold rewards are 0.5 to 1 apart, so that no file's are far easier.
-    "gold gap" is the mean one of all pairs of the file."""
+    "gold gap" is the mean one of all pairs of the file, "said again" the mean count of repetitions in a response."""
     settings, device = DPOSettings(out=str(run.folder), device="cpu"), torch.device("cpu")
     pairs = load_pairs(settings, data)
     distance = (pairs.gold[:, 0] - pairs.gold[:, 1]).abs()
+    again = [said_again(pairs.tokenizer.decode(part)) for _, *sides in pairs for part in sides]
     pairs = pairs.select(((distance >= 0.5) & (distance <= 1)).nonzero()[:, 0])
     better = pairs.gold.argsort(dim=1, descending=True)  # (n, 2): the better side, then the other
     documents, logprobs = list(pairs), {}
@@ -357,17 +364,18 @@ def shift_accuracies(run: Run, data: str) -> dict[str, float]:
     rewards = {"reward model": score_pairs(model, pairs, device)}
     rewards |= {f"{row}, implicit": logprobs[name] - logprobs["sft"] for row, name in IMPLICIT.items()}
     accuracies = {name: ranking_accuracy(values.gather(1, better)) for name, values in rewards.items()}
-    return {"pairs": len(pairs), "gold gap": distance.mean().item()} | accuracies
+    about = {"said again": sum(again) / len(again), "pairs": len(pairs), "gold gap": distance.mean().item()}
+    return about | accuracies
 
 
 def shift_table(runs: list[Run]) -> str:
-    """Those accuracies for the data's held-back pairs, and for two answers of each policy to their prompts."""
+    """measure_shift of the data's held-back pairs, and of two answers of each policy to each of their prompts."""
     rows = []
     for row, data in {"data": "test.pt", **{row: f"shift_{name}.pt" for row, name in SHIFTED.items()}}.items():
-        found = [shift_accuracies(run, data) for run in runs]
+        found = [measure_shift(run, data) for run in runs]
         values = {name: torch.tensor([one[name] for one in found]).double() for name in found[0]}
         rows = rows or [["responses of", *values]]
-        forms = {"pairs": "{:.0f} ± {:.0f}", "gold gap": SPREAD}
+        forms = {"said again": SPREAD, "pairs": "{:.0f} ± {:.0f}", "gold gap": SPREAD}
         cells = [forms.get(name, "{:.1%} ± {:.1%}").format(*mean_and_error(value)) for name, value in values.items()]
         rows.append([row, *cells])
     return aligned(rows)

@@ -233,7 +233,8 @@ def test_accuracies_on_own_answers_by_the_plain_way_through_the_models(tmp_path,
     names = {f"shift_{name}": make_pairs(documents, gold=gold.flip(1)) for name in study.SHIFTED.values()}
     write(tmp_path, reward=RewardModel(tiny(9)), test=make_pairs(documents, gold=gold), **models, **names)
     header, data, *others = (re.split("  +", line) for line in shift_table([Run(tmp_path, 0, {})] * 2).splitlines())
-    assert header[:4] == ["responses of", "pairs", "gold gap", "reward model"]
+    assert header[:5] == ["responses of", "said again", "pairs", "gold gap", "reward model"]
+    assert [study.said_again(text) for text in (" A b. C d! A b. A b.", "A b", " A b. A b", "")] == [2, 0, 0, 0]
 
     def share(score) -> str:
         right = []
@@ -246,9 +247,9 @@ def test_accuracies_on_own_answers_by_the_plain_way_through_the_models(tmp_path,
     for name in study.IMPLICIT.values():
         scores.append(lambda *parts, name=name: (
             plain_logprobs(models[name], *parts).sum() - plain_logprobs(models["sft"], *parts).sum()))
-    assert data == ["data", "6 ± 0", f"{gold.diff(dim=1).abs().mean():.2f} ± 0.00", *map(share, scores)]
-    opposite = [f"{100 - float(cell.split('%')[0]):.1f}% ± 0.0%" for cell in data[3:]]
-    assert [row[0] for row in others] == list(study.SHIFTED) and all(row[3:] == opposite for row in others)
+    assert data == ["data", "0.00 ± 0.00", "6 ± 0", f"{gold.diff(dim=1).abs().mean():.2f} ± 0.00", *map(share, scores)]
+    opposite = [f"{100 - float(cell.split('%')[0]):.1f}% ± 0.0%" for cell in data[4:]]
+    assert [row[0] for row in others] == list(study.SHIFTED) and all(row[4:] == opposite for row in others)
 
 
 def test_figures_show_their_numbers(tmp_path):

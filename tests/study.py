@@ -43,9 +43,10 @@ from reward import RewardModel, ranking_accuracy, score_pairs, wins
 WORLD, REWARD, SPLIT, START = "model.py --save sft.pt", "reward.py", "split.py", "dpo.py --steps 64"
 GRID = {"dpo.py": [(64, 0.1), (64, 0.3), (256, 0.1), (256, 0.3)],  # steps, β
         "ppo.py": [0.05, 0.1, 0.2, 0.3]}  # KL price
-UNTUNED = {"DPO on all": (64, 0.1), "DPO on easy": (64, 0.1), "PPO from SFT, all": 0.3, "MPO": 0.3,
-           "MPO, random split": 0.3}
-BEST = {2.0: UNTUNED | {"PPO from SFT, hard": 0.3, "PPO from DPO on all": 0.3}, 3.0: UNTUNED, 0.0: UNTUNED, 1.0: UNTUNED, 1.5: UNTUNED}
+BEST = {  # label temperature → tuned method → the choice of GRID that --tune found best
+    2.0: {"DPO on all": (256, 0.1), "DPO on easy": (64, 0.1), "PPO from SFT, all": 0.1, "MPO": 0.2,
+          "MPO, random split": 0.1, "PPO from SFT, hard": 0.1, "PPO from DPO on all": 0.1},
+}
 
 
 def dpo(choice: tuple[int, float], rounds: int = 1) -> str:

@@ -38,8 +38,8 @@ from model import (
 )
 from reward import RewardModel, ranking_accuracy, score_pairs, wins
 
-# Commands. MPO's DPO takes 64 steps of 64 pairs, every PPO 32 steps of 128 prompts; each costs about 75 seconds of a
-# core, as 256 steps of DPO do, which methods that are DPO alone may choose.
+# Budgets: MPO's DPO takes 64 steps of 64 pairs, every PPO 32 steps of 128 prompts, about 75 seconds of a core. A method
+# that is DPO alone may choose 256 steps, which take as long.
 WORLD, REWARD, SPLIT, START = "model.py --save sft.pt", "reward.py", "split.py", "dpo.py --steps 64"
 GRID = {"dpo.py": [(64, 0.1), (64, 0.3), (256, 0.1), (256, 0.3)],  # steps, β
         "ppo.py": [0.05, 0.1, 0.2, 0.3]}  # KL price
@@ -65,7 +65,8 @@ def own(policy: str, easy: str, flags: str = "--data pairs.pt") -> str:
 
 
 def methods(best: dict) -> dict[str, list[str]]:
-    """Row → the commands that make its policy, which the last of them saves, with these settings of the tuned rows."""
+    """Row → the commands that make its policy, which the last of them saves. best: tuned row → its settings; of a row
+    that it lacks the commands are of no use."""
     parts, mpo, start_all = [REWARD, SPLIT], ppo(best["MPO"]), f"{START} --data pairs.pt --save start_all.pt"
     return {
         "SFT": [],
@@ -383,7 +384,7 @@ def shift_table(runs: list[Run]) -> str:
 
 
 def draw_lines(axis, lines: dict[str, torch.Tensor], places: list, label: str) -> None:
-    """Draws a line a row, [seeds, places] each, with standard errors, MPO strongest and first; names at their ends."""
+    """Draws a line a row, [seeds, places] each, with standard errors, MPO's the thickest; names at their ends."""
     last = sorted(lines, key=lambda row: lines[row][:, -1].mean().item())
     heights = torch.tensor([lines[row][:, -1].mean().item() for row in last])
     means = torch.stack([values.mean(0) for values in lines.values()])

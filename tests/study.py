@@ -432,7 +432,7 @@ def draw_tuning(folder: Path, numbers: Numbers) -> None:
     prices = GRID["ppo.py"]
     rows = [row for row in BEST[TOY_TEMPERATURE] if row in COLOURS and not row.startswith("DPO")]
     lines = {row: torch.stack([numbers[f"{row}: {price}"]["gold_reward"] for price in prices], 1) for row in rows}
-    draw_lines(axis, lines, prices, "KL price")
+    draw_lines(axis, lines, prices, "KL price: the reward that a nat costs (seeds of tuning)")
     figure.savefig(folder / "tuning.png")
 
 

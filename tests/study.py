@@ -182,6 +182,7 @@ class Settings:
     seeds: int = flag(5, "how many seeds")
     seed: int = flag(3, "the first one; settings were chosen on seeds 0 to 2")
     noise_seeds: int = flag(3, "how many of them at each other label temperature; 0: none")
+    related: bool = flag(True, "the related systems too")
     parallel: int | None = flag(None, "seeds side by side [one a core, or one on a GPU]")
     tune: bool = flag(False, "try GRID's settings instead, for each method that BEST has settings for")
     figure: bool = flag(False, "draw study.png, or with --tune tuning.png, too (needs matplotlib)")
@@ -417,7 +418,7 @@ def draw_study(folder: Path, golds: dict[str, torch.Tensor], curves: Numbers, no
     steps = [4, 8, 16, 24, 32]  # the means over the 4 steps that end there
     drawn = {row: curves[row]["gold"][:, [step - 4 for step in steps]] for row in PPO_ROWS if row in COLOURS}
     draw_lines(axes[1], drawn, steps, "PPO step")
-    axes[1].set_ylabel("gold reward of PPO's own answers, 4 steps")
+    axes[1].set_ylabel("gold reward of PPO's own answers, last 4 steps")
     if len(noise) > 1:
         lines = {row: torch.stack([one[row]["gold_reward"] for one in noise.values()], 1) for row in NOISE_ROWS}
         draw_lines(axes[2], lines, list(noise), "label temperature (0: no label is wrong)")
@@ -444,7 +445,8 @@ def plan(settings: Settings) -> dict[float, list[Run]]:
         if settings.tune:
             rows = tuning(BEST[temperature])
         else:
-            rows = STUDY if at_home else {row: methods(BEST[temperature])[row] for row in NOISE_ROWS}
+            known = methods(BEST[temperature])
+            rows = (STUDY if settings.related else known) if at_home else {row: known[row] for row in NOISE_ROWS}
         place = folder if at_home else folder / f"temperature{temperature:g}"
         world = WORLD if at_home else f"{WORLD} --label-temperature {temperature:g}"
         seeds = range(settings.seed, settings.seed + (settings.seeds if at_home else settings.noise_seeds))
@@ -482,7 +484,7 @@ def report_study(settings: Settings, runs: dict[float, list[Run]]) -> dict:
     """Prints every policy, and what MPO is ahead of each by; the course of PPO; the accuracy of rewards on own answers;
     label temperatures. Returns the numbers."""
     home = runs[TOY_TEMPERATURE]
-    numbers, curves = read_numbers(home, list(STUDY)), {row: ppo_curves(home, row) for row in PPO_ROWS}
+    numbers, curves = read_numbers(home, list(home[0].rows)), {row: ppo_curves(home, row) for row in PPO_ROWS}
     golds = {row: values["gold_reward"] for row, values in numbers.items()}
     level = curves[PPO_ROWS[0]]["gold"][:, -1].mean().item()
     print(f"toy world, mean ± standard error over {len(home)} seeds. What a policy takes beyond SFT, its reward "
@@ -490,9 +492,9 @@ def report_study(settings: Settings, runs: dict[float, list[Run]]) -> dict:
           f"\n\n{study_table(numbers)}\n\npaired by seed, gold reward\n{lead_table(golds)}\n\n"
           "reward of the answers that PPO trains on, 128 a step: mean ± standard error over seeds\n"
           f"{ppo_table(curves, level)}\n\nhow often rewards order two responses as gold does, "
-          f"where gold differs by 0.5 to 1\n{shift_table(home)}")
+          f'where gold differs by 0.5 to 1 ("pairs"; said again, gold gap: of all)\n{shift_table(home)}')
     noise = {temperature: read_numbers(runs[temperature][: settings.noise_seeds], NOISE_ROWS)
-             for temperature in sorted(runs)}
+             for temperature in sorted(runs) if settings.noise_seeds}
     if len(noise) > 1:
         print("\ngold reward by label temperature (at 0 no label is wrong), mean ± standard error "
               f"over {settings.noise_seeds} seeds\n{noise_table(noise)}")

@@ -111,6 +111,8 @@ def test_tuning_tries_every_setting_once_and_each_temperature_has_its_own():
     rows = tuning(BEST[2.0])
     assert [row for row in rows if row.startswith("MPO: ")] == [f"MPO: {price}" for price in GRID["ppo.py"]]
     assert len({saved_as(commands) for commands in rows.values()}) == len(rows) == 1 + 4 * len(BEST[2.0])
+    (run, *_) = study.plan(study.Settings(related=False))[2.0]
+    assert run.rows == methods(BEST[2.0]) and run.commands[-1].startswith("split.py") and len(run.rows) < len(STUDY)
     plain = methods(BEST[2.0] | {"DPO on easy": (256, 0.1)})["DPO on easy"]
     assert rows["DPO on easy: (256, 0.1)"] == [*plain[:-1], plain[-1].replace("dpo_easy.pt", "dpo_easy_2.pt")]
     for best in BEST.values():

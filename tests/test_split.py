@@ -85,6 +85,8 @@ def test_command_puts_the_largest_gaps_into_easy_and_writes_both_parts_even_if_o
     for seed in range(3):
         easy, hard, _ = divide(f"--fraction 0.34 --by random --seed {seed}")
         assert len(easy) == 3 and sorted(easy + hard) == list(range(9))
+        printed = capsys.readouterr().out
+        assert "pairs, split at random:" in printed and "γ" not in printed
         members.add(tuple(easy))
     assert len(members) > 2
 

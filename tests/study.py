@@ -415,7 +415,7 @@ def draw_study(folder: Path, golds: dict[str, torch.Tensor], curves: Numbers, no
         axes[0].scatter(golds[row].mean(), place, size, color=colour, zorder=3)
     axes[0].set(yticks=range(len(rows)), yticklabels=rows, xlabel="gold reward (small: each seed; large: their mean)")
     axes[0].spines[["top", "right"]].set_visible(False)
-    steps = [4, 8, 16, 24, 32]  # the means over the 4 steps that end there
+    steps = [4, 8, 16, 24, 32]  # the means over the 4 steps that end there, of the rows that have a colour
     drawn = {row: curves[row]["gold"][:, [step - 4 for step in steps]] for row in PPO_ROWS if row in COLOURS}
     draw_lines(axes[1], drawn, steps, "PPO step")
     axes[1].set_ylabel("gold reward of PPO's own answers, last 4 steps")

@@ -549,7 +549,7 @@ class Cache:
         self.positions, device = prompts.positions[prompts.last], prompts.tokens.device
         width = -(-(int(self.positions[0]) + 1 + steps) // 16) * 16  # CUDA's attention wants its bias aligned
         shape = config.layers, len(prompts.last), config.kv_heads, width, config.head_dim
-        self.keys, self.values = torch.zeros(2, *shape, dtype=dtype, device=device)
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.bias = torch.zeros(len(prompts.last), 1, 1, width, dtype=dtype, device=device)
         later = torch.arange(width, device=device) > self.positions[:, None]
         self.bias.masked_fill_(later[:, None, None], -math.inf)
@@ -632,8 +632,7 @@ def generate(
 
 def unsharded_copy(model: GPT) -> GPT:
     """The model for generation: every process has all weights, so that it can take steps of its own, and the blocks'
-    matrices have the products' dtype already. The rest shares its memory with the model. Nothing is compiled: on CUDA a
-    captured step saves as much."""
+    matrices have the products' dtype already. The rest shares its memory with the model."""
     weights = dcp.get_model_state_dict(model, options=UNSHARDED)
     for name, weight in weights.items():
         if name.startswith("blocks.") and weight.dim() == 2:
@@ -641,7 +640,8 @@ def unsharded_copy(model: GPT) -> GPT:
     with torch.device("meta"):  # shapes without numbers, so that there is nothing to draw
         copy = GPT(model.config).requires_grad_(False)
     copy.load_state_dict(weights, assign=True)
-    copy.activations = model.activations
+    copy.activations, copy.compiled = model.activations, model.compiled
+    compile_blocks(copy, weights["embedding.weight"].device)
     return copy
 
 
@@ -1468,12 +1468,18 @@ def prepare_model(model: nn.Module, settings: CommonSettings) -> nn.Module:
     gpt.activations = torch.bfloat16 if bf16 else torch.float32
     gpt.checkpointed = getattr(settings, "grad_checkpoint", False)
     gpt.compiled = device.type == "cuda" if settings.compile is None else settings.compile
-    if gpt.compiled and device.type == "cuda":  # on a CPU, a block's graph would depend on the documents' lengths
+    compile_blocks(gpt, device)
+    return shard(model, gpt.blocks, device) if dist.is_initialized() else model.to(device)
+
+
+def compile_blocks(gpt: GPT, device: torch.device) -> None:
+    """Compiles the blocks of a model for CUDA, if it is to be compiled; on a CPU, a block's graph would depend on the
+    documents' lengths."""
+    if gpt.compiled and device.type == "cuda":
         torch._dynamo.config.recompile_limit = 32  # variants: with gradients or not, one a model
         torch._dynamo.config.fail_on_recompile_limit_hit = True  # or FlexAttention would go on uncompiled, L² in memory
         for block in gpt.blocks:
             block.compile(dynamic=True)
-    return shard(model, gpt.blocks, device) if dist.is_initialized() else model.to(device)
 
 
 # ---- Pretrained weights in: Hugging Face folders of Llama and its relatives ----

@@ -234,6 +234,8 @@ def go_on(command: str, out: Path, whole: Path, *flags, near: float = 0.0) -> No
     weights = [content(folder / f"{name}.pt")["weights"] for folder in (out, whole)]
     torch.testing.assert_close(*map(dict, weights), rtol=near, atol=near)
     for ours, theirs in zip(log(out / f"{name}.jsonl"), log(whole / f"{name}.jsonl"), strict=True):
+        if near:  # what rounds otherwise may turn the sign of a margin of 0, as all are at the first step
+            ours, theirs = ({**line, "accuracy": 0} for line in (ours, theirs))
         assert ours == pytest.approx(theirs, rel=near, abs=near)
     assert not [path for path in contents(out) if path.endswith((".state.pt", ".part"))]
     line = refusal(command, out, *flags, "--resume", "--seed", 3)  # model.py keeps its pairs.pt

@@ -46,6 +46,10 @@ GRID = {"dpo.py": [(64, 0.1), (64, 0.3), (256, 0.1), (256, 0.3)],  # steps, β
 BEST = {  # label temperature → tuned method → the choice of GRID that --tune found best
     2.0: {"DPO on all": (256, 0.1), "DPO on easy": (64, 0.1), "PPO from SFT, all": 0.1, "MPO": 0.2,
           "MPO, random split": 0.1, "PPO from SFT, hard": 0.1, "PPO from DPO on all": 0.1},
+    3.0: {"DPO on all": (256, 0.1), "DPO on easy": (64, 0.3), "PPO from SFT, all": 0.05, "MPO": 0.1,
+          "MPO, random split": 0.1},
+    0.0: {"DPO on all": (256, 0.3), "DPO on easy": (64, 0.3), "PPO from SFT, all": 0.3, "MPO": 0.2,
+          "MPO, random split": 0.3},
 }
 
 
@@ -68,6 +72,7 @@ def methods(best: dict) -> dict[str, list[str]]:
     """Row → the commands that make its policy, which the last of them saves. best: tuned row → its settings; of a row
     that it lacks the commands are of no use."""
     parts, mpo, start_all = [REWARD, SPLIT], ppo(best["MPO"]), f"{START} --data pairs.pt --save start_all.pt"
+    few = "split.py --by {0} --fraction 0.968 --easy rest_{0}.pt --hard few_{0}.pt"
     return {
         "SFT": [],
         "DPO on all": [f"{dpo(best['DPO on all'])} --data pairs.pt --save dpo_all.pt"],
@@ -95,6 +100,11 @@ def methods(best: dict) -> dict[str, list[str]]:
         "MPO, hard third": [REWARD, "split.py --fraction 0.667 --easy easy_third.pt --hard hard_third.pt",
                             f"{START} --data easy_third.pt --save dpo_third.pt",
                             f"{mpo} --init dpo_third.pt --data hard_third.pt --save ppo_third.pt"],
+        # About 255 prompts, each answered 16 times.
+        "MPO, hardest 3%": [*parts, START, few.format("reward"), f"{mpo} --data few_reward.pt --save ppo_few.pt"],
+        "MPO, any 3%": [*parts, START, few.format("random"), f"{mpo} --data few_random.pt --save ppo_few_any.pt"],
+        "PPO from SFT, any 3%": [REWARD, few.format("random"), f"{ppo(best['PPO from SFT, all'])} --init sft.pt "
+                                 "--data few_random.pt --save ppo_few_sft.pt"],
     }
 
 
@@ -181,7 +191,7 @@ class Settings:
     out: str = flag("out/study", "folder for the seeds' folders, study.json and figures")
     seeds: int = flag(5, "how many seeds")
     seed: int = flag(3, "the first one; settings were chosen on seeds 0 to 2")
-    noise_seeds: int = flag(3, "how many of them at each other label temperature; 0: none")
+    noise_seeds: int = flag(5, "how many of them at each other label temperature; 0: none")
     related: bool = flag(True, "the related systems too")
     parallel: int | None = flag(None, "seeds side by side [one a core, or one on a GPU]")
     tune: bool = flag(False, "try GRID's settings instead, for each method that BEST has settings for")

@@ -108,60 +108,89 @@ def methods(best: dict) -> dict[str, list[str]]:
     }
 
 
-def tuning(best: dict) -> dict[str, list[str]]:
-    """SFT, and each row of BEST with each of GRID's choices, as "row: choice", saved under a name of its own."""
-    rows = {"SFT": []}
-    for row in best:
-        for number, choice in enumerate(GRID["dpo.py" if row.startswith("DPO") else "ppo.py"]):
-            *before, last = methods(best | {row: choice})[row]
-            name = saved_as([last])
-            rows[f"{row}: {choice}"] = [*before, last.replace(f"{name}.pt", f"{name}_{number}.pt")]
-    return rows
-
-
 def related(best: dict) -> dict[str, list[str]]:
-    """The related systems, as methods gives its rows. Those that are DPO take the choice of DPO on all, and those that
-    are PPO the one of PPO from SFT, whose data they have."""
+    """The related systems, as methods gives its rows. What `best` lacks of them takes the settings of DPO on all, or of
+    PPO from SFT."""
     known, labelled = methods(best), "--data pairs.pt --chosen labelled --answers 1"
     own_sft, demos = own("sft", "own"), own("sft", "demos", labelled)
-    dpo_all, half = dpo(best["DPO on all"]), dpo(best["DPO on all"], rounds=2)
-    ppo_all = f"{ppo(best['PPO from SFT, all'])} --init sft.pt --data pairs.pt"
 
-    def self_play(name: str, loss: str) -> list[str]:
+    def dpo_as(row: str, rounds: int = 1) -> str:
+        return dpo(best.get(row, best["DPO on all"]), rounds)
+
+    def ppo_as(row: str) -> str:
+        return f"{ppo(best.get(row, best['PPO from SFT, all']))} --init sft.pt --data pairs.pt"
+
+    def self_play(row: str, name: str, loss: str) -> list[str]:
         """Two rounds of labelled responses against the policy's own."""
-        return [REWARD, demos, f"{half} --loss {loss} --data demos.pt --save {name}_1.pt",
-                own(f"{name}_1", f"demos_{name}", labelled),
-                f"{half} --loss {loss} --data demos_{name}.pt --init {name}_1.pt --save {name}.pt"]
+        half = dpo_as(row, rounds=2)
+        return [REWARD, demos, f"{half} --loss {loss} --data demos.pt --save {name}_first.pt",
+                own(f"{name}_first", f"demos_{name}", labelled),
+                f"{half} --loss {loss} --data demos_{name}.pt --init {name}_first.pt --save {name}.pt"]
 
-    def rewarded(name: str, data: str, *before: str) -> list[str]:
+    def rewarded(row: str, name: str, data: str, *before: str) -> list[str]:
         """PPO from SFT by a reward model that is trained on pairs of its own, made by the commands `before`."""
         return [REWARD, *before, f"reward.py --data {data} --save reward_{name}.pt",
-                f"{ppo_all} --reward reward_{name}.pt --save ppo_{name}.pt"]
+                f"{ppo_as(row)} --reward reward_{name}.pt --save ppo_{name}.pt"]
 
+    half = dpo_as("DPO on own answers, 2 rounds", rounds=2)
     rows = {
         "expert iteration": [REWARD, own_sft,
                              "model.py --steps 64 --batch-size 64 --init sft.pt --data own.pt --save ei.pt"],
-        "DPO on own answers": [REWARD, own_sft, f"{dpo_all} --data own.pt --save dpo_own.pt"],
+        "DPO on own answers": [REWARD, own_sft, f"{dpo_as('DPO on own answers')} --data own.pt --save dpo_own.pt"],
         "DPO on own answers, 2 rounds": [
-            REWARD, own_sft, f"{half} --data own.pt --save dpo_own_1.pt", own("dpo_own_1", "own_2"),
-            f"{half} --init dpo_own_1.pt --reference sft.pt --data own_2.pt --save dpo_own_2.pt"],
-        "SAIL-DP": [f"{dpo_all} --data pairs.pt --self-weight 0.3 --save sail.pt"],
-        "IRFT, 2 rounds": self_play("irft", "linear"),
-        "SPIN, 2 rounds": self_play("spin", "sigmoid"),
-        "RFT": rewarded("rft", "demos.pt", demos),
-        "AIHF": rewarded("aihf", "pairs.pt+demos.pt", demos),
-        "RLP": rewarded("rlp", "pairs.pt+own_ppo.pt", known["PPO from SFT, all"][-1], own("ppo_all", "own_ppo")),
-        "RLP, labels by gold": rewarded("rlp_gold", "pairs.pt+own_gold.pt", known["PPO from SFT, all"][-1],
-                                        own("ppo_all", "own_gold", "--data pairs.pt --chosen gold")),
-        "PM-RLHF": [REWARD, f"{ppo_all} --matching 0.1 --save ppo_matching.pt"],
-        "MPO, DPO on own answers as PPO": [*known["MPO's DPO alone"], own("dpo", "own_hard", "--data hard.pt"),
-                                           f"{START} --init dpo.pt --data own_hard.pt --save mpo_own.pt"],
+            REWARD, own_sft, f"{half} --data own.pt --save dpo_own_first.pt", own("dpo_own_first", "own_2"),
+            f"{half} --init dpo_own_first.pt --reference sft.pt --data own_2.pt --save dpo_own_2.pt"],
+        "SAIL-DP": [f"{dpo_as('SAIL-DP')} --data pairs.pt --self-weight 0.3 --save sail.pt"],
+        "IRFT, 2 rounds": self_play("IRFT, 2 rounds", "irft", "linear"),
+        "SPIN, 2 rounds": self_play("SPIN, 2 rounds", "spin", "sigmoid"),
+        "RFT": rewarded("RFT", "rft", "demos.pt", demos),
+        "AIHF": rewarded("AIHF", "aihf", "pairs.pt+demos.pt", demos),
+        "RLP": rewarded("RLP", "rlp", "pairs.pt+own_ppo.pt", known["PPO from SFT, all"][-1], own("ppo_all", "own_ppo")),
+        "RLP, labels by gold": rewarded(
+            "RLP, labels by gold", "rlp_gold", "pairs.pt+own_gold.pt", known["PPO from SFT, all"][-1],
+            own("ppo_all", "own_gold", "--data pairs.pt --chosen gold")),
+        "PM-RLHF": [REWARD, f"{ppo_as('PM-RLHF')} --matching 0.1 --save ppo_matching.pt"],
+        "MPO, DPO on own answers as PPO": [
+            *known["MPO's DPO alone"], own("dpo", "own_hard", "--data hard.pt"),
+            f"{dpo_as('MPO, DPO on own answers as PPO')} --init dpo.pt --data own_hard.pt --save mpo_own.pt"],
     }
+    # Does MPO fall behind because its reward model does not see what policies do wrong? This one was shown it.
+    price = best.get("MPO, labels by gold", best["MPO"])
+    rows["MPO, labels by gold"] = [*known["MPO"][:-1], *rows["RLP, labels by gold"][:-1],
+                                   f"{ppo(price)} --reward reward_rlp_gold.pt --save ppo_mpo_gold.pt"]
     for part in (25, 50, 100):  # ExPO: α in hundredths
         for row, name in (("DPO on all", "dpo_all"), ("MPO", "ppo")):
             onward = f"model.py --init {name}.pt --extrapolate sft.pt --alpha {part / 100} --save expo_{name}_{part}.pt"
             rows[f"ExPO on {row}, α {part / 100}"] = [*known[row], onward]
     return rows
+
+
+def tuning(best: dict) -> dict[str, list[str]]:
+    """SFT, and each row of BEST with each of GRID's choices, as "row: choice"."""
+    rows = {"SFT": []}
+    for row in best:
+        choices = GRID[stage(row)]
+        known = [(methods(best | {row: choice}) | related(best | {row: choice}))[row] for choice in choices]
+        for number, choice in enumerate(choices):
+            rows[f"{row}: {choice}"] = numbered(known[number], known[number - 1], number)
+    return rows
+
+
+def stage(row: str) -> str:
+    """dpo.py or ppo.py: which of them a tuned row's settings are of."""
+    return STUDY[row][-1].split()[0]
+
+
+def numbered(commands: list[str], others: list[str], number: int) -> list[str]:
+    """The commands, with a number in the names of what they make otherwise than these others."""
+    result, names = [], set()  # names of files that differ from the others'
+    for command, other in zip(commands, others, strict=True):
+        if command != other or names & set(re.findall(r"(\w+)\.pt", command)):
+            names |= set(re.findall(r"--(?:save|easy|hard) (\w+)", command))
+        for name in names:
+            command = re.sub(rf"\b{name}\.pt", f"{name}_{number}.pt", command)
+        result.append(command)
+    return result
 
 
 STUDY = methods(BEST[TOY_TEMPERATURE]) | related(BEST[TOY_TEMPERATURE])
@@ -341,10 +370,10 @@ def ppo_table(curves: Numbers, level: float) -> str:
 def tuning_table(numbers: Numbers, rows: list[str]) -> str:
     """Gold reward of these rows by setting; * is each one's best."""
     tables = []
-    for stage, choices in GRID.items():
-        lines = [["steps, β" if stage == "dpo.py" else "KL price", *map(str, choices)]]
+    for script, choices in GRID.items():
+        lines = [["steps, β" if script == "dpo.py" else "KL price", *map(str, choices)]]
         for row in rows:
-            if (stage == "dpo.py") == row.startswith("DPO"):
+            if stage(row) == script:
                 golds = [numbers[f"{row}: {choice}"]["gold_reward"] for choice in choices]
                 best = max(gold.mean() for gold in golds)
                 cells = [SPREAD.format(*mean_and_error(gold)) + " *"[gold.mean() == best] for gold in golds]
@@ -441,7 +470,7 @@ def draw_tuning(folder: Path, numbers: Numbers) -> None:
 
     figure, axis = pyplot.subplots(layout="constrained", figsize=(7, 4.2))
     prices = GRID["ppo.py"]
-    rows = [row for row in BEST[TOY_TEMPERATURE] if row in COLOURS and not row.startswith("DPO")]
+    rows = [row for row in BEST[TOY_TEMPERATURE] if row in COLOURS and stage(row) == "ppo.py"]
     lines = {row: torch.stack([numbers[f"{row}: {price}"]["gold_reward"] for price in prices], 1) for row in rows}
     draw_lines(axis, lines, prices, "KL price: the reward that a nat costs (seeds of tuning)")
     figure.savefig(folder / "tuning.png")

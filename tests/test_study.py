@@ -115,8 +115,11 @@ def test_tuning_tries_every_setting_once_and_each_temperature_has_its_own():
     assert run.rows == methods(BEST[2.0]) and run.commands[-1].startswith("split.py") and len(run.rows) < len(STUDY)
     plain = methods(BEST[2.0] | {"DPO on easy": (256, 0.1)})["DPO on easy"]
     assert rows["DPO on easy: (256, 0.1)"] == [*plain[:-1], plain[-1].replace("dpo_easy.pt", "dpo_easy_2.pt")]
+    spin = tuning(BEST[2.0] | {"SPIN, 2 rounds": (64, 0.1)})["SPIN, 2 rounds: (256, 0.1)"]
+    assert [saved_as([command]) for command in spin] == ["reward", "demos", "spin_first_2", "demos_spin_2", "spin_2"]
+    assert "--policy spin_first_2.pt" in spin[3] and "--data demos_spin_2.pt --init spin_first_2.pt" in spin[4]
     for best in BEST.values():
-        assert all(best[row] in GRID["dpo.py" if row.startswith("DPO") else "ppo.py"] for row in best)
+        assert all(best[row] in GRID[study.stage(row)] for row in best)
         assert {row for row in study.NOISE_ROWS if row != "SFT"} <= best.keys()
 
 

@@ -6,7 +6,7 @@ commands run one after the other, each once: what commands.json says is done is 
 change of code). Folders run side by side. On Ctrl-C or SIGTERM the commands under way save their states; the same call
 goes on from there.
 
-    python tests/study.py --tune --seeds 3 --seed 0 --out out/tuning                # the settings in BEST
+    python tests/study.py --tune --out out/tuning                                   # the settings in BEST
     python tests/study.py --out out/study --figure                                  # pip install matplotlib
 """
 
@@ -70,7 +70,7 @@ def own(policy: str, easy: str, flags: str = "--data pairs.pt") -> str:
 
 def methods(best: dict) -> dict[str, list[str]]:
     """Row → the commands that make its policy, which the last of them saves. best: tuned row → its settings; of a row
-    that it lacks the commands are of no use."""
+    that it lacks the commands contain None."""
     parts, mpo, start_all = [REWARD, SPLIT], ppo(best["MPO"]), f"{START} --data pairs.pt --save start_all.pt"
     few = "split.py --by {0} --fraction 0.968 --easy rest_{0}.pt --hard few_{0}.pt"
     return {
@@ -110,7 +110,7 @@ def methods(best: dict) -> dict[str, list[str]]:
 
 def related(best: dict) -> dict[str, list[str]]:
     """The related systems, as methods gives its rows. What `best` lacks of them takes the settings of DPO on all, or of
-    PPO from SFT."""
+    PPO from SFT or MPO, whichever it is like."""
     known, labelled = methods(best), "--data pairs.pt --chosen labelled --answers 1"
     own_sft, demos = own("sft", "own"), own("sft", "demos", labelled)
 
@@ -154,7 +154,7 @@ def related(best: dict) -> dict[str, list[str]]:
             *known["MPO's DPO alone"], own("dpo", "own_hard", "--data hard.pt"),
             f"{dpo_as('MPO, DPO on own answers as PPO')} --init dpo.pt --data own_hard.pt --save mpo_own.pt"],
     }
-    # Does MPO fall behind because its reward model does not see what policies do wrong? This one was shown it.
+    # Does MPO fall behind because its reward model does not see what policies do wrong? PPO's here was shown it.
     price = best.get("MPO, labels by gold", best["MPO"])
     rows["MPO, labels by gold"] = [*known["MPO"][:-1], *rows["RLP, labels by gold"][:-1],
                                    f"{ppo(price)} --reward reward_rlp_gold.pt --save ppo_mpo_gold.pt"]
@@ -182,7 +182,7 @@ def stage(row: str) -> str:
 
 
 def numbered(commands: list[str], others: list[str], number: int) -> list[str]:
-    """The commands, with a number in the names of what they make otherwise than these others."""
+    """The commands, with a number in the names of what they save otherwise than these others."""
     result, names = [], set()  # names of files that differ from the others'
     for command, other in zip(commands, others, strict=True):
         if command != other or names & set(re.findall(r"(\w+)\.pt", command)):
@@ -218,15 +218,18 @@ class Settings:
     """Flags of the study. Raises UserError for values that make none."""
 
     out: str = flag("out/study", "folder for the seeds' folders, study.json and figures")
-    seeds: int = flag(5, "how many seeds")
-    seed: int = flag(3, "the first one; settings were chosen on seeds 0 to 2")
-    noise_seeds: int = flag(5, "how many of them at each other label temperature; 0: none")
+    seeds: int | None = flag(None, "how many seeds [5; --tune: 3]")
+    seed: int | None = flag(None, "the first one; settings are chosen on seeds 0 to 2 [3; --tune: 0]")
+    noise_seeds: int | None = flag(None, "how many of them at each other label temperature; 0: none [all]")
     related: bool = flag(True, "the related systems too")
     parallel: int | None = flag(None, "seeds side by side [one a core, or one on a GPU]")
     tune: bool = flag(False, "try GRID's settings instead, for each method that BEST has settings for")
     figure: bool = flag(False, "draw study.png, or with --tune tuning.png, too (needs matplotlib)")
 
     def __post_init__(self):
+        self.seeds = self.seeds or (3 if self.tune else 5)
+        self.seed = (0 if self.tune else 3) if self.seed is None else self.seed
+        self.noise_seeds = self.seeds if self.noise_seeds is None else min(self.noise_seeds, self.seeds)
         if self.seeds < 2 or self.noise_seeds < 0 or self.noise_seeds == 1 or (self.parallel or 1) < 1:
             raise UserError("--seeds and --noise-seeds: at least 2, for a standard error; --parallel: at least 1")
         if self.figure and importlib.util.find_spec("matplotlib") is None:

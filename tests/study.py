@@ -227,7 +227,7 @@ class Settings:
     figure: bool = flag(False, "draw study.png, or with --tune tuning.png, too (needs matplotlib)")
 
     def __post_init__(self):
-        self.seeds = self.seeds or (3 if self.tune else 5)
+        self.seeds = (3 if self.tune else 5) if self.seeds is None else self.seeds
         self.seed = (0 if self.tune else 3) if self.seed is None else self.seed
         self.noise_seeds = self.seeds if self.noise_seeds is None else min(self.noise_seeds, self.seeds)
         if self.seeds < 2 or self.noise_seeds < 0 or self.noise_seeds == 1 or (self.parallel or 1) < 1:
@@ -462,7 +462,7 @@ def draw_study(folder: Path, golds: dict[str, torch.Tensor], curves: Numbers, no
     draw_lines(axes[1], drawn, steps, "PPO step")
     axes[1].set_ylabel("gold reward of PPO's own answers, last 4 steps")
     if len(noise) > 1:
-        lines = {row: torch.stack([one[row]["gold_reward"] for one in noise.values()], 1) for row in NOISE_ROWS}
+        lines = {row: torch.stack([one[row]["gold_reward"] for one in noise.values()], 1) for row in NOISE_ROWS[1:]}
         draw_lines(axes[2], lines, list(noise), "label temperature (0: no label is wrong)")
     figure.savefig(folder / "study.png")
 

@@ -270,7 +270,7 @@ def test_figures_show_their_numbers(tmp_path):
     means = [dots.get_offsets()[0].tolist() for dots in by_row.collections if len(dots.get_offsets()) == 1]
     assert means == [[place + 1 - 9 * (row == "MPO"), place] for place, row in enumerate(study.DRAWN)]
     assert course.lines[0].get_xydata().tolist() == [[4, 0], [8, 4], [16, 12], [24, 20], [32, 28]]
-    assert {text.get_text() for text in noise.texts} == {*study.NOISE_ROWS}
+    assert {text.get_text() for text in noise.texts} == {*study.NOISE_ROWS} - {"SFT"}
     assert noise.lines[0].get_xydata().tolist() == [[0, 4], [3, 3.5]]
     tried = {f"{row}: {choice}": {"gold_reward": torch.tensor([choice, 3 * choice])}
              for row in BEST[2.0] for choice in GRID["ppo.py"]}

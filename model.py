@@ -548,7 +548,7 @@ class Cache:
     def __init__(self, config: Config, prompts: Packed, steps: int, dtype: torch.dtype):
         self.positions, device = prompts.positions[prompts.last], prompts.tokens.device
         width = -(-(int(self.positions[0]) + 1 + steps) // 16) * 16  # CUDA's attention wants its bias aligned
-        shape = config.layers, len(prompts.last), config.kv_heads, width, config.head_dim
+        shape = config.layers, len(prompts.last), config.kv_heads, width, config.head_dim  # no views: they compile anew
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.bias = torch.zeros(len(prompts.last), 1, 1, width, dtype=dtype, device=device)
         later = torch.arange(width, device=device) > self.positions[:, None]

@@ -74,13 +74,15 @@ def methods(best: dict) -> dict[str, list[str]]:
     that it lacks the commands contain None."""
     parts, mpo, start_all = [REWARD, SPLIT], ppo(best["MPO"]), f"{START} --data pairs.pt --save start_all.pt"
     few = "split.py --by {0} --fraction 0.968 --easy rest_{0}.pt --hard few_{0}.pt"
+    ppo_all = f"{ppo(best['PPO from SFT, all'])} --init sft.pt --data pairs.pt --save ppo_all.pt"
+    shown = [REWARD, ppo_all, own("ppo_all", "own_gold", "--data pairs.pt --chosen gold"),
+             "reward.py --data pairs.pt+own_gold.pt --save reward_rlp_gold.pt"]
     return {
         "SFT": [],
         "DPO on all": [f"{dpo(best['DPO on all'])} --data pairs.pt --save dpo_all.pt"],
         "DPO on easy": [*parts, f"{dpo(best['DPO on easy'])} --save dpo_easy.pt"],
         "DPO on hard": [*parts, f"{dpo(best['DPO on all'])} --data hard.pt --save dpo_hard.pt"],
-        "PPO from SFT, all": [REWARD, f"{ppo(best['PPO from SFT, all'])} --init sft.pt --data pairs.pt "
-                              "--save ppo_all.pt"],
+        "PPO from SFT, all": [REWARD, ppo_all],
         "PPO from SFT, hard": [*parts, f"{ppo(best.get('PPO from SFT, hard'))} --init sft.pt --save ppo_hard.pt"],
         "PPO from DPO on all": [start_all, REWARD, f"{ppo(best.get('PPO from DPO on all'))} --init start_all.pt "
                                 "--data pairs.pt --save ppo_dpo_all.pt"],
@@ -106,6 +108,11 @@ def methods(best: dict) -> dict[str, list[str]]:
         "MPO, any 3%": [*parts, START, few.format("random"), f"{mpo} --data few_random.pt --save ppo_few_any.pt"],
         "PPO from SFT, any 3%": [REWARD, few.format("random"), f"{ppo(best['PPO from SFT, all'])} --init sft.pt "
                                  "--data few_random.pt --save ppo_few_sft.pt"],
+        # Does MPO fall behind because its reward model does not see what policies do wrong? PPO's here was shown it.
+        "RLP, labels by gold": [*shown, f"{ppo(best.get('RLP, labels by gold'))} --init sft.pt --data pairs.pt "
+                                "--reward reward_rlp_gold.pt --save ppo_rlp_gold.pt"],
+        "MPO, labels by gold": [*parts, START, *shown, f"{ppo(best.get('MPO, labels by gold'))} "
+                                "--reward reward_rlp_gold.pt --save ppo_mpo_gold.pt"],
     }
 
 
@@ -147,18 +154,11 @@ def related(best: dict) -> dict[str, list[str]]:
         "RFT": rewarded("RFT", "rft", "demos.pt", demos),
         "AIHF": rewarded("AIHF", "aihf", "pairs.pt+demos.pt", demos),
         "RLP": rewarded("RLP", "rlp", "pairs.pt+own_ppo.pt", known["PPO from SFT, all"][-1], own("ppo_all", "own_ppo")),
-        "RLP, labels by gold": rewarded(
-            "RLP, labels by gold", "rlp_gold", "pairs.pt+own_gold.pt", known["PPO from SFT, all"][-1],
-            own("ppo_all", "own_gold", "--data pairs.pt --chosen gold")),
         "PM-RLHF": [REWARD, f"{ppo_as('PM-RLHF')} --matching 0.1 --save ppo_matching.pt"],
         "MPO, DPO on own answers as PPO": [
             *known["MPO's DPO alone"], own("dpo", "own_hard", "--data hard.pt"),
             f"{dpo_as('MPO, DPO on own answers as PPO')} --init dpo.pt --data own_hard.pt --save mpo_own.pt"],
     }
-    # Does MPO fall behind because its reward model does not see what policies do wrong? PPO's here was shown it.
-    price = best.get("MPO, labels by gold", best["MPO"])
-    rows["MPO, labels by gold"] = [*known["MPO"][:-1], *rows["RLP, labels by gold"][:-1],
-                                   f"{ppo(price)} --reward reward_rlp_gold.pt --save ppo_mpo_gold.pt"]
     for part in (25, 50, 100):  # ExPO: α in hundredths
         for row, name in (("DPO on all", "dpo_all"), ("MPO", "ppo")):
             onward = f"model.py --init {name}.pt --extrapolate sft.pt --alpha {part / 100} --save expo_{name}_{part}.pt"

@@ -280,8 +280,7 @@ def test_10_every_pass_is_shuffled_and_cut_anew(run, monkeypatch, tmp_path, poli
         expected["grad_norm"] = sum(norms[some]).item() / 9
         assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-7)
     saved, _ = load_model(ppo.Settings(out=str(tmp_path), device="cpu"), "ppo.pt", GPT)
-    for ours, theirs in zip(saved.parameters(), updates[-1][0]["policy"].parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    assert all(map(torch.equal, saved.parameters(), updates[-1][0]["policy"].parameters()))
 
 
 def test_what_would_go_wrong_later_stops_the_run_at_once(run, tmp_path, policy, reward_model, documents):

@@ -53,8 +53,8 @@ def fake(tmp_path, monkeypatch):
         (tmp_path / f"{script}.py").write_text(FAKE_STAGE)
     rows = ["SFT", "MPO's DPO alone", "MPO"]
     best = {temperature: {"MPO": 0.1, "MPO, random split": 0.1, **BEST[2.0]} for temperature in (2.0, 0.0, 3.0)}
-    few = {"ROOT": tmp_path, "STUDY": {row: STUDY[row] for row in rows}, "NOISE_ROWS": rows, "BEST": best}
-    for name, value in {**few, "PPO_ROWS": ["MPO"], "SHIFT": (), "shift_table": lambda runs: ""}.items():
+    few = {"ROOT": tmp_path, "STUDY": {row: STUDY[row] for row in rows}, "NOISE_ROWS": rows, "BEST": best, "SHIFT": ()}
+    for name, value in {**few, "PPO_ROWS": rows[2:], "GOLD_ROWS": rows[1:], "shift_table": lambda runs: ""}.items():
         monkeypatch.setattr(study, name, value)
     monkeypatch.chdir(tmp_path)
     folders = tmp_path / "out of it" / "seed7", tmp_path / "out of it" / "seed8"
@@ -207,10 +207,12 @@ def test_tables_by_hand():
     assert header.split() == ["KL", "price", "0.05", "0.1", "0.2", "0.3"]
     assert re.split("  +", line) == ["MPO", "0.10 ± 0.05", "0.20 ± 0.10", "0.40 ± 0.20", "0.60 ± 0.30*"]
     none, most = (make_numbers(**dict.fromkeys(study.NOISE_ROWS, gold)) for gold in ((3.0, 5.0), (2.0, 3.0)))
-    header, *lines = noise_table({0.0: none, 3.0: most}).splitlines()
+    header, *lines = noise_table({0.0: none, 3.0: most}).split("\n\n")[0].splitlines()
     assert header.split() == ["label", "temperature", "0", "3", "0", "less", "3"]
     for row, line in zip(study.NOISE_ROWS, lines, strict=True):
         assert line.removeprefix(row).split() == "4.00 ± 1.00 2.50 ± 0.50 1.50 ± 0.50".split()
+    leads = noise_table({0.0: none, 3.0: none | make_numbers(MPO=(4.0, 8.0))}).splitlines()[-5:]
+    assert re.split("  +", leads[0]) == ["SFT", "+0.00 (+0.00 to +0.00)", "+2.00 (-10.71 to +14.71)"]  # 2 ± 12.7 × 1
 
 
 def test_course_of_ppo_by_hand(tmp_path):

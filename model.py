@@ -337,13 +337,9 @@ class GPT(nn.Module):
         """The output head's matrix [vocabulary, dim]."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def hidden(self, batch: "Packed", places: Tensor) -> Tensor:
-        """Hidden states at `places` of a packed batch: [places, dim]."""
-        return self.forward(batch.tokens, batch.positions, batch.mask)[places]
-
     def logprobs(self, batch: "Packed", temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies [N] of the batch's response tokens, in fp32. Entropies carry no gradient."""
-        hidden = self.hidden(batch, batch.source).to(self.activations)
+        hidden = self.forward(batch.tokens, batch.positions, batch.mask)[batch.source].to(self.activations)  # (N, dim)
         return token_logprobs(hidden, self.vocabulary_weight, batch.target, temperature, self.compiled)
 
 

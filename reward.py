@@ -51,7 +51,8 @@ class RewardModel(nn.Module):
 
     def read(self, batch: Packed, places: Tensor) -> Tensor:
         """The head's value, in fp32, at `places` of a packed batch: [len(places)]."""
-        return self.trunk.hidden(batch, places).float() @ self.head.weight[0] + self.head.bias
+        hidden = self.trunk(batch.tokens, batch.positions, batch.mask)[places]  # (len(places), dim)
+        return hidden.float() @ self.head.weight[0] + self.head.bias
 
     def score(self, batch: Packed) -> Tensor:
         """The reward of each sequence, read at its last token: [sequences]."""

@@ -567,8 +567,8 @@ class Cache:
     prompt's length, the longest first. A token's column is its position.
 
     positions: [S], of each sequence's last token. new: (index in the row, sequence, column) of each token whose keys
-    and values are to be stored. bias: [S, 1, 1, width], 0 for columns in use and −∞ for the rest. `width` never
-    changes, and on CUDA a step fetches no number from the GPU: so it can be captured as a graph.
+    and values are to be stored. `width` never changes, and on CUDA a step fetches no number from the GPU: so it can be
+    captured as a graph.
     """
 
     def __init__(self, config: Config, prompts: Packed, steps: int, dtype: torch.dtype):
@@ -576,9 +576,6 @@ class Cache:
         width = -(-(int(self.positions[0]) + 1 + steps) // 16) * 16  # CUDA's attention wants its bias aligned
         shape = config.layers, len(prompts.last), config.kv_heads, width, config.head_dim  # no views: they compile anew
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self.bias = torch.zeros(len(prompts.last), 1, 1, width, dtype=dtype, device=device)
-        later = torch.arange(width, device=device) > self.positions[:, None]
-        self.bias.masked_fill_(later[:, None, None], -math.inf)
         places = (prompts.document >= 0).nonzero()[:, 0]
         self.new, self.decoding = (places, prompts.document[places], prompts.positions[places]), False
 
@@ -586,21 +583,21 @@ class Cache:
         """Makes room for a new token of each sequence."""
         every = torch.arange(len(self.positions), device=self.positions.device)
         self.positions += 1
-        self.bias[:, 0, 0].scatter_(1, self.positions[:, None], 0.0)
         self.new, self.decoding = (slice(None), every, self.positions), True
 
     def mask(self) -> list[tuple[slice, Tensor]]:
-        """What a step's attention adds to the scores: (sequences, [n, 1, 1, columns]). On CUDA all sequences at once,
-        at full width; on a CPU few of like length at a time, without the columns that none of them uses."""
-        if self.bias.is_cuda:
-            return [(slice(None), self.bias)]
-        groups = [slice(start, start + 16) for start in range(0, len(self.bias), 16)]
-        return [(rows, self.bias[rows, :, :, : int(self.positions[rows][0]) + 1]) for rows in groups]
+        """What a step's attention adds to the scores, −∞ at columns not yet in use: (sequences, [n, 1, 1, columns]). On
+        CUDA all sequences at once, at full width; on a CPU few of like length at a time, up to the longest's column."""
+        later = torch.arange(self.keys.shape[3], device=self.keys.device) > self.positions[:, None, None, None]
+        bias = self.keys.new_zeros(later.shape).masked_fill(later, -math.inf)  # (S, 1, 1, width)
+        if bias.is_cuda:
+            return [(slice(None), bias)]
+        groups = [slice(start, start + 16) for start in range(0, len(bias), 16)]
+        return [(rows, bias[rows, :, :, : int(self.positions[rows][0]) + 1]) for rows in groups]
 
     def keep(self, going: Tensor) -> None:
         """Drops the sequences that are not `going`, [S] bool."""
-        self.positions, self.bias = self.positions[going], self.bias[going]
-        self.keys, self.values = self.keys[:, going], self.values[:, going]
+        self.positions, self.keys, self.values = self.positions[going], self.keys[:, going], self.values[:, going]
 
     def extend(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k and v [kv_heads, L, head_dim] of L new tokens in a layer's keys and values. Returns those that the

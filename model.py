@@ -648,9 +648,7 @@ def generate(
     for start in range(0, len(by_length), 256):
         some = by_length[start : start + 256]
         tokens[some] = decode(copy, [prompts[index] for index in some], noise[some], end, temperature, watch)
-    tokens = summed(tokens)
-    ends = [(row == end).nonzero()[:1] for row in tokens]
-    return [row[: place + 1] if len(place) else row for row, place in zip(tokens, ends, strict=True)]
+    return [row[: int((row != end).sum()) + 1] for row in summed(tokens)]
 
 
 def unsharded_copy(model: GPT) -> GPT:
@@ -678,28 +676,27 @@ def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperatu
     head, noise = model.vocabulary_weight.to(model.activations), noise.to(device)
     drawn = sample(linear(hidden.to(head.dtype), head), noise[:, 0], temperature)  # (S), the newest token of each
     result, live = torch.full((count, steps), end, device=device), torch.arange(count, device=device)
-    output, column, graph = result.clone(), torch.zeros(1, dtype=torch.long, device=device), None
-    output[:, 0] = drawn
+    column, graph = torch.zeros(1, dtype=torch.long, device=device), None
+    result[:, 0] = drawn
 
     def advance() -> None:  # all in place, so that replaying it as a graph goes on
         cache.step()
         hidden = model(drawn, cache.positions, cache.mask(), cache)
         column.add_(1)
-        new = sample(linear(hidden.to(head.dtype), head), noise.index_select(1, column)[:, 0], temperature)
+        new = sample(linear(hidden.to(head.dtype), head), noise[live, column], temperature)
         drawn.copy_(new.masked_fill(drawn == end, end))
-        output.index_copy_(1, column, drawn[:, None])
+        result[live, column] = drawn
 
     for step in range(1, steps + 1):
         if watch:
             watch(drawn)
         if watch or step % 8 == 0 or step == steps:  # now and then, the finished leave the batch
-            result[live] = output
             going = drawn != end  # (S)
             if step == steps or not going.any():
                 return result.cpu()
             if going.sum() < (0.5 if device.type == "cuda" else 0.9) * len(going):  # capturing anew takes its time
                 cache.keep(going)
-                drawn, noise, output, live, graph = drawn[going], noise[going], output[going], live[going], None
+                drawn, live, graph = drawn[going], live[going], None
         if graph is not None:
             graph.replay()
         else:

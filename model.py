@@ -1892,13 +1892,10 @@ class Training:
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def log(self, shown: tuple[str, ...], unit: str, units: int, tokens: int, **metrics: float | Tensor) -> None:
-        """Writes the step's line of the log, and the `shown` metrics beside the bar. Metrics that are tensors are
-        fetched together, the one time that a step waits for the GPU. Raises UserError if one is not finite: nothing is
-        saved then, so the last good state is kept."""
-        tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
-        fetched = torch.stack(list(tensors.values())).tolist() if tensors else []
-        metrics |= zip(tensors, fetched, strict=True)
+        """Writes the step's line of the log, and the `shown` metrics beside the bar. Here alone a step waits for the
+        GPU. Raises UserError if a metric is not finite: nothing is saved then, so the last good state is kept."""
         for name, value in metrics.items():
+            metrics[name] = value = value.item() if isinstance(value, Tensor) else value
             if not math.isfinite(value):
                 pairs = " ".join(str(index) for index in sorted(self.indices))
                 raise UserError(f"step {self.step}: the {name} is not finite, on training pairs {pairs}; what was "

@@ -530,30 +530,28 @@ def pack(
 def lay_out(documents: list[tuple[Tensor, ...]], members: list[int], device: torch.device) -> Packed:
     """The documents that `members` lists as one Packed. An empty row, and on CUDA the end of a row, is filled with
     token 0, which nobody looks at."""
-    parts, about = [], []  # about: of each part its document, its branch, and which part is the document's prompt
+    parts, about = [], []  # of each part: document, branch, which part is its prompt, and if a sequence ends with it
     for number, index in enumerate(members):
-        about += [(number, branch, len(parts)) for branch in range(len(documents[index]))]
+        count = len(documents[index])
+        about += [(number, branch, len(parts), branch > 0 or count == 1) for branch in range(count)]
         parts += documents[index]
     length = sum(len(part) for part in parts)
     multiple = 1024 if device.type == "cuda" else 1  # few lengths, each a multiple of a block mask's 128
-    about.append((-1, 0, len(parts)))
+    about.append((-1, 0, len(parts), False))
     parts.append(torch.zeros(-(-max(1, length) // multiple) * multiple - length, dtype=torch.long))
 
     tokens, lengths = torch.cat(parts), torch.tensor([len(part) for part in parts])
-    ends, (document, branch, prompt) = lengths.cumsum(0), torch.tensor(about).T  # (parts) each
-    # A part ends a sequence if it is a response, or a prompt without any.
-    ends_sequence = (branch > 0) | ((prompt.bincount(minlength=len(parts)) == 1) & (document >= 0))
+    ends, (document, branch, prompt, is_last) = lengths.cumsum(0), torch.tensor(about).T  # (parts) each
     part_of = torch.arange(len(parts)).repeat_interleave(lengths)  # (L), as all below: the part that a token is in
     at, response = torch.arange(len(tokens)), branch[part_of] > 0
     offset = at - (ends - lengths)[part_of]
     positions = offset + lengths[prompt][part_of] * response
     # The prompt's last token predicts the first token of every response; hence an index, not a shift.
     source = torch.where(offset == 0, ends[prompt][part_of], at) - 1
-    sequence = (ends_sequence.cumsum(0) - 1)[part_of]
+    sequence = (is_last.cumsum(0) - 1)[part_of]
     row = tokens, positions, document[part_of], branch[part_of]
     answers = source[response], tokens[response], sequence[response], offset[response]
-    last, members = ends[ends_sequence] - 1, torch.tensor(members, dtype=torch.long)
-    tensors = (*row, *answers, last, members)
+    tensors = (*row, *answers, ends[is_last > 0] - 1, torch.tensor(members, dtype=torch.long))
     if device.type == "cuda":
         tensors = (tensor.pin_memory() for tensor in tensors)  # or the copies would wait for the GPU
     return Packed(*(tensor.to(device, non_blocking=True) for tensor in tensors))

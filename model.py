@@ -49,9 +49,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -1693,7 +1691,7 @@ def summed(tensor: Tensor) -> Tensor:
 def shard(model: nn.Module, blocks: nn.ModuleList, device: torch.device) -> nn.Module:
     """Cuts every weight over the processes (FSDP2, `fully_shard`): a block's weights are unsharded only while it
     computes. Gradients are added up, not averaged: every loss is already divided by the whole batch's count."""
-    mesh = init_device_mesh(device.type, (processes()[1],))
+    mesh = dist.init_device_mesh(device.type, (processes()[1],))
     for module in (*blocks, model):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
         module.set_gradient_divide_factor(1.0)
@@ -1887,7 +1885,7 @@ class Training:
         group["lr"] = self.lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return norm.full_tensor() if dist.is_initialized() else norm
 
     def log(self, shown: tuple[str, ...], unit: str, units: int, tokens: int, **metrics: float | Tensor) -> None:
         """Writes the step's line of the log, and the `shown` metrics beside the bar. Here alone a step waits for the

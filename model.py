@@ -187,9 +187,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     """Softmax attention of q: [heads, L, head_dim]; returns the same shape. In a packed row, k, v: [kv_heads, L,
-    head_dim], and mask is Packed.mask: a BlockMask, or a list of (length, mask or None), one for each document. In a
-    decoding step each query has a cached past of its own, k, v: [L, kv_heads, columns, head_dim], and mask is
-    Cache.mask()."""
+    head_dim], and mask is Packed.mask. In a decoding step each query has a cached past of its own, k, v: [L, kv_heads,
+    columns, head_dim], and mask is Cache.mask()."""
     if isinstance(mask, BlockMask):  # elsewhere than on CUDA in tests only
         flex = flex_attention if not q.is_cuda or torch.compiler.is_compiling() else compiled_function(flex_attention)
         options = {"fwd_num_warps": 8}  # with 4, the mask's arithmetic does not fit the registers
@@ -485,9 +484,8 @@ def intervals(document: Tensor, branch: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 def visibility(document: Tensor, branch: Tensor):
     """The rule of packed attention, as a FlexAttention mask_mod: a query sees a key of the same document, not later
-    in the row, that lies in the prompt or on the query's own branch. Since documents and branches are intervals of the
-    row, it compares places, which takes less arithmetic than comparing documents and branches. document, branch: [L].
-    """
+    in the row, that lies in the prompt or on the query's own branch. Documents and branches are intervals of the row,
+    so it compares places, which takes less arithmetic than comparing their numbers. document, branch: [L]."""
     begin, prompt_end, own = intervals(document, branch)
 
     def rule(row, head, query, key):
@@ -560,11 +558,10 @@ def lay_out(documents: list[tuple[Tensor, ...]], members: list[int], device: tor
 
 class Cache:
     """Keys and values, [layers, S, kv_heads, width, head_dim] each, of S sequences being generated, sorted by the
-    prompt's length, the longest first. A token's column is its position.
+    prompt's length, the longest first. A token's column is its position. The width never changes, and on CUDA a step
+    fetches no number from the GPU: so it can be captured as a graph.
 
-    positions: [S], of each sequence's last token. new: (index in the row, sequence, column) of each token whose keys
-    and values are to be stored. `width` never changes, and on CUDA a step fetches no number from the GPU: so it can be
-    captured as a graph.
+    positions: [S], of each sequence's last token. new: (index in the row, sequence, column) of each token to store.
     """
 
     def __init__(self, config: Config, prompts: Packed, steps: int, dtype: torch.dtype):

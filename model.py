@@ -33,14 +33,13 @@ import shlex
 import signal
 import sys
 import time
-import typing
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn, get_args, get_origin
 
 import regex
 import tiktoken
@@ -103,16 +102,16 @@ class CommonSettings:
 def parse_settings(settings_class, description: str):
     """Reads the command line into `settings_class`, a flag for each field. Raises UserError at what it cannot read."""
 
-    def refuse(message: str) -> typing.NoReturn:
+    def refuse(message: str) -> NoReturn:
         raise UserError(f"{message}; see {parser.prog} --help")
 
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse
     for field in dataclasses.fields(settings_class):
         about, hint = field.metadata, field.type
-        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]  # of "X | None", Literal or list[X]
+        kinds = [kind for kind in get_args(hint) if kind is not type(None)]  # of "X | None", Literal or list[X]
         options = {"type": kinds[0] if kinds else hint}
-        if typing.get_origin(hint) is Literal:
+        if get_origin(hint) is Literal:
             options = {"choices": kinds}
         elif options["type"] is bool:
             options = {"action": argparse.BooleanOptionalAction}
@@ -1233,7 +1232,7 @@ def chat_template(text: str):
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    def refuse(why: str) -> typing.NoReturn:
+    def refuse(why: str) -> NoReturn:
         raise DroppedRow(f"the chat template refuses it: {why}")
 
     jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])

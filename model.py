@@ -471,21 +471,16 @@ class Packed:
         return masks
 
 
-def intervals(document: Tensor, branch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each token's document begins in the row, where the prompt ends (for the prompt's own tokens: after the
-    token), and where the token's branch begins: [L] each. document, branch: [L], as in Packed."""
-    at = torch.arange(len(document), device=document.device)
-    new_document = F.pad(document.diff() != 0, (1, 0), value=True)
-    new_branch = new_document | F.pad(branch.diff() != 0, (1, 0), value=True)
-    found = (torch.where(new_document, at, 0), torch.where(branch == 0, at + 1, 0), torch.where(new_branch, at, 0))
-    return tuple(places.cummax(0).values for places in found)
-
-
 def visibility(document: Tensor, branch: Tensor):
     """The rule of packed attention, as a FlexAttention mask_mod: a query sees a key of the same document, not later
     in the row, that lies in the prompt or on the query's own branch. Documents and branches are intervals of the row,
     so it compares places, which takes less arithmetic than comparing their numbers. document, branch: [L]."""
-    begin, prompt_end, own = intervals(document, branch)
+    at = torch.arange(len(document), device=document.device)
+    new_document = F.pad(document.diff() != 0, (1, 0), value=True)
+    new_branch = new_document | F.pad(branch.diff() != 0, (1, 0), value=True)
+    begin = torch.where(new_document, at, 0).cummax(0).values  # where each token's document begins, [L]
+    prompt_end = torch.where(branch == 0, at + 1, 0).cummax(0).values  # where its prompt ends; within it: after itself
+    own = torch.where(new_branch, at, 0).cummax(0).values  # where its branch begins
 
     def rule(row, head, query, key):
         return (key <= query) & (key >= begin[query]) & ((key < prompt_end[query]) | (key >= own[query]))
@@ -497,7 +492,7 @@ def block_mask(document: Tensor, branch: Tensor) -> BlockMask:
     """visibility's block mask, for L a multiple of 128: a block of 128 queries looks at the blocks from the one in
     which its first document begins to itself. create_block_mask would find that by trying all L² pairs."""
     block = torch.arange(len(document) // 128, device=document.device)
-    first = intervals(document, branch)[0][::128] // 128  # (blocks)
+    first = (document[::128, None] == document).int().argmax(1) // 128  # (blocks)
     count, looked_at = block - first + 1, (first[:, None] + block).clamp(max=len(block) - 1)  # (blocks, blocks)
     return BlockMask.from_kv_blocks(
         count[None, None].int(), looked_at[None, None].int(), BLOCK_SIZE=128, mask_mod=visibility(document, branch)

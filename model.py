@@ -1407,7 +1407,7 @@ def reading(what: Path | str, complaint: str = "damaged, or not what is needed h
     except (UserError, DroppedRow):
         raise
     except Exception as error:
-        said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"{what}: {complaint} ({said})") from error
 
 
@@ -1575,23 +1575,15 @@ def import_model(folder: Path) -> tuple[GPT, Tokenizer]:
         stored |= read_safetensors(path)
     if config.tied and "lm_head.weight" in stored:  # some folders call a head tied that is not
         config.tied = torch.equal(stored["lm_head.weight"], stored.get("model.embed_tokens.weight", torch.empty(0)))
-    with reading(folder / "config.json"), torch.device("meta"):
+    unused = ("rotary_emb.inv_freq", "lm_head.weight") if config.tied else "rotary_emb.inv_freq"
+    stored = {name: tensor for name, tensor in stored.items() if not name.endswith(unused)}
+    with reading(folder, "the weights are not of the shape that config.json describes"), torch.device("meta"):
         model = GPT(config)
-    for name, parameter in model.named_parameters():
-        theirs = llama_names(name)
-        missing = [one for one in theirs if one not in stored]
-        if missing:
-            raise UserError(f"{folder}: no weights for {missing[0]}")
-        weights[name] = torch.cat([stored.pop(one).float() for one in theirs])
-        if weights[name].shape != parameter.shape:
-            shapes = f"{list(weights[name].shape)}, config.json says {list(parameter.shape)}"
-            raise UserError(f"{folder}: {' + '.join(theirs)} is {shapes}")
-        if not weights[name].isfinite().all():
-            raise UserError(f"{folder}: {' + '.join(theirs)} holds numbers that are not finite")
-    for name in stored:
-        if not name.endswith("rotary_emb.inv_freq") and not (name == "lm_head.weight" and config.tied):
-            raise UserError(f"{folder}: {name} has no place in this architecture")
-    model.load_state_dict(weights, assign=True)
+        for name, _ in model.named_parameters():
+            weights[name] = torch.cat([stored.pop(one).float() for one in llama_names(name)])
+            if not weights[name].isfinite().all():
+                raise UserError(f"{folder}: {' + '.join(llama_names(name))} holds numbers that are not finite")
+        model.load_state_dict(weights | stored, assign=True)  # refuses other shapes, and what has no place here
     return model, tokenizer
 
 

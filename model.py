@@ -1617,9 +1617,6 @@ def import_config(path: Path) -> Config:
         for name, value in only.items():
             if given.get(name, value) != value:
                 raise UserError(f"{path}: {name} {given[name]!r} is not supported, only {value!r}")
-        if config.head_dim % 2 or config.heads % config.kv_heads:
-            shape = f"heads {config.head_dim} wide, {config.heads} of them and {config.kv_heads} for keys and values,"
-            raise UserError(f"{path}: {shape} are not of one even size that share keys evenly")
         return config
 
 

@@ -787,11 +787,8 @@ def cut(pattern: re.Pattern | regex.Pattern, pieces: list[str]) -> list[str]:
     """The pieces, cut into what `pattern` finds and what lies between."""
     parts = []
     for piece in pieces:
-        end = 0
-        for match in pattern.finditer(piece):
-            parts += [piece[end : match.start()], match[0]]
-            end = match.end()
-        parts.append(piece[end:])
+        places = itertools.chain.from_iterable(match.span() for match in pattern.finditer(piece))
+        parts += [piece[start:end] for start, end in itertools.pairwise([0, *places, len(piece)])]
     return [part for part in parts if part]
 
 

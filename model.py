@@ -739,11 +739,9 @@ class Tokenizer:
         verbatim = [name for name in plain if not plain[name]]
         self.control, self.verbatim, self.both = map(any_of, (self.special, verbatim, [*self.special, *verbatim]))
         self.in_form = any_of(name for name in plain if plain[name])
-        # tiktoken reads words as they are spelled here, with spaces between. It wants all 256 bytes: ids past the end.
+        # tiktoken reads words as they are spelled here, with spaces between.
         self.spelling = {byte: symbol if symbol in spelled else None for byte, symbol in SYMBOLS.items()} | {255: " "}
         ranks = {token.encode(): number for token, number in spelled.items()}
-        lacking = sorted({bytes([byte]) for byte in range(256)} - ranks.keys())
-        ranks |= {byte: self.size + place for place, byte in enumerate(lacking)}
         self.encoding = tiktoken.Encoding("mpo", pat_str="[^ ]+", mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text: str, control: bool = False) -> list[int]:

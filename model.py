@@ -836,7 +836,7 @@ def require_rank_merging(given: dict, spelled: dict[str, int]) -> None:
             raise ValueError(f"added token {token['content']!r} with lstrip, rstrip or single_word")
     strange = [token for token in spelled if not set(token) <= BYTES.keys()]
     if strange:
-        raise ValueError(f"token {strange[0]!r}, which is not spelled in bytes,")
+        raise ValueError(f"token {strange[0]!r}, which is not spelled in bytes")
     made = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
     # In the order in which tokens are made, the bytes first, their ids must rise.
     ids = [max(spelled.get(symbol, 0) for symbol in BYTES), *dict.fromkeys(spelled[token] for token in made)]
@@ -844,7 +844,7 @@ def require_rank_merging(given: dict, spelled: dict[str, int]) -> None:
         raise ValueError("a list of merges that is not in the order of the tokens' ids")
     unmade = {token for token in spelled if len(token) > 1} - set(made)
     if unmade and not model.get("ignore_merges"):
-        raise ValueError(f"token {min(unmade)!r}, which no merge makes,")
+        raise ValueError(f"token {min(unmade)!r}, which no merge makes")
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
@@ -1534,8 +1534,9 @@ def require_file(path: Path) -> Path:
 
 
 def read_json(path: Path) -> dict:
-    """What a JSON file of a Hugging Face folder holds."""
-    return json.loads(require_file(path).read_text("utf-8"))
+    """The object that a JSON file of a Hugging Face folder holds."""
+    with reading(path):
+        return {} | json.loads(require_file(path).read_text("utf-8"))
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -1563,8 +1564,7 @@ def import_model(folder: Path) -> tuple[GPT, Tokenizer]:
         raise UserError(f"{folder}: tokenizer.json has {tokenizer.size} tokens, config.json only {config.vocabulary}")
     paths, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
     if index.is_file() and not paths[0].is_file():  # as in transformers, one file goes before shards
-        with reading(index):
-            paths = sorted({folder / name for name in read_json(index)["weight_map"].values()})
+        paths = sorted({folder / name for name in read_json(index).get("weight_map", {}).values()})
     stored, weights = {}, {}
     for path in paths:
         stored |= read_safetensors(path)
@@ -1619,27 +1619,21 @@ def import_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of `folder`. The token that ends a text is the one that tokenizer_config.json names, or else
     config.json."""
     path, about, jinja = folder / "tokenizer.json", folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    with reading(path):
-        added = {token["id"]: token["content"] for token in read_json(path)["added_tokens"]}
-    with reading(about):
-        said = read_json(about) if about.is_file() else {}
+    given, said = read_json(path), read_json(about) if about.is_file() else {}
+    with reading(path, "not supported, only byte-level BPE as in Llama 3 or GPT-2"):
+        added = {token["id"]: token["content"] for token in given["added_tokens"]}
         template = said.get("chat_template")
         if isinstance(template, list):  # of several, by name
             template = {one["name"]: one["template"] for one in template}.get("default")
         template = jinja.read_text("utf-8") if jinja.is_file() else template
         end, bos = (name["content"] if isinstance(name, dict) else name
                     for name in (said.get("eos_token"), said.get("bos_token")))
-    if end not in added.values():
-        with reading(folder / "config.json"):
+        if end not in added.values():
             number = read_json(folder / "config.json").get("eos_token_id")
             end = added.get(number[0] if isinstance(number, list) else number)
-    if end is None:
-        raise UserError(f"{folder}: neither tokenizer_config.json nor config.json names an end-of-text token")
-    with reading(path):
-        try:
-            return Tokenizer(path.read_text("utf-8"), end, template, bos)
-        except ValueError as error:
-            raise UserError(f"{path}: {error} is not supported, only byte-level BPE as in Llama 3 or GPT-2") from error
+        if end is None:
+            raise UserError(f"{folder}: neither tokenizer_config.json nor config.json names an end-of-text token")
+        return Tokenizer(path.read_text("utf-8"), end, template, bos)
 
 
 # ---- Several processes (torchrun): each holds a share of the weights and computes a share of the batch ----

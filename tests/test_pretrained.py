@@ -404,7 +404,7 @@ KEYS = {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "sliding
 OPTIONS = {"dropout": 0.1, "end_of_word_suffix": "</w>", "byte_fallback": True, "continuing_subword_prefix": "##"}
 SPOILT = {  # what the message names, and what is wrong
     **{f"{name} {value!r} is not": config(**{name: value}) for name, value in KEYS.items()},
-    **{f"{name} {value!r} is not": tokenizer(**{name: value}) for name, value in OPTIONS.items()},
+    **{f"ValueError: {name} {value!r}": tokenizer(**{name: value}) for name, value in OPTIONS.items()},
     **{f"'<{name}>' with lstrip, rstrip or": tokenizer(added=[AddedToken(f"<{name}>", **{name: True})])
        for name in ("lstrip", "rstrip", "single_word")},
     "size mismatch for blocks.0.attention.qkv.weight": config(head_dim=32), "type mistral is not": config(model_type="mistral"),

@@ -1125,8 +1125,6 @@ def parse_rows(path: Path) -> Iterator[dict]:
             for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
                 yield from batch.to_pylist()
             return
-        if start == b"PK\3\4":
-            raise UserError(f"{path}: a zip archive, to be unpacked; {FILES}")
         lines = gzip.GzipFile(fileobj=file) if start.startswith(b"\x1f\x8b") else file
         documents = (json.loads(line) for line in lines if line.strip())
         try:

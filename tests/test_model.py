@@ -650,7 +650,7 @@ BAD_FILES = [
     *((".jsonl", data_of(".jsonl", PLAIN, row, PLAIN), " row 2: ") for row in BAD_ROWS),
     *((".json", data, " row 1: ") for data in [*NO_ROWS, data_of(".json", PLAIN)[:-1]]),
     *((".jsonl", data, ": holds no rows") for data in (b"\n \n", b"[]", gzip.compress(b""))),
-    (".jsonl", b"PK\x03\x04", " row 1: damaged, or of another kind"), (".jsonl", b"version https://git-lfs\n", ": a Git LFS pointer"),
+    (".jsonl", b"PK\x03\x04", " row 1: "), (".jsonl", b"version https://git-lfs\n", ": a Git LFS pointer"),
     *((".jsonl.gz", data, " row 2: ") for data in (ZIPPED[:-1], ZIPPED[:-9] + bytes(9), ZIPPED + b"rubbish")),
     *((".parquet", data, " row 1: ") for data in (TABLE[:-40], TABLE[:-8] + b"\xff\xff\xff\x7fPAR1", BINARY)),
 ]

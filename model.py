@@ -834,9 +834,6 @@ def require_rank_merging(given: dict, spelled: dict[str, int]) -> None:
     for token in given["added_tokens"]:
         if not token["special"] and (token["lstrip"] or token["rstrip"] or token["single_word"]):
             raise ValueError(f"added token {token['content']!r} with lstrip, rstrip or single_word")
-    strange = [token for token in spelled if not set(token) <= BYTES.keys()]
-    if strange:
-        raise ValueError(f"token {strange[0]!r}, which is not spelled in bytes")
     made = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
     # In the order in which tokens are made, the bytes first, their ids must rise.
     ids = [max(spelled.get(symbol, 0) for symbol in BYTES), *dict.fromkeys(spelled[token] for token in made)]

@@ -420,7 +420,7 @@ SPOILT = {  # what the message names, and what is wrong
     "v_proj.weight holds numbers that are not finite": weights(KEY, torch.full((32, 64), float("nan"))),
     f"{NORM} holds numbers that are not finite": weights(NORM, torch.full((64,), -float("inf"))),
     "KeyError: 'model.embed": lambda folder: (folder / SINGLE).write_bytes(header()),
-    "unk_token 'u'": tokenizer("u", lack="xu", unk_token="u"), "'▁the', which is not spelled": tokenizer("▁the"),
+    "unk_token 'u'": tokenizer("u", lack="xu", unk_token="u"), "'▁the', which no merge makes": tokenizer("▁the"),
     "type Unigram": lambda f: (f / "tokenizer.json").write_text(json.dumps(REVERSED).replace('"BPE"', '"Unigram"')),
     "Metaspace": tokenizer(words=[pre_tokenizers.Metaspace()]), "ByteLevel": tokenizer(words=[PREFIX]),
     "Digits": tokenizer(words=[pre_tokenizers.Digits(False), GPT2]), "Lowercase": tokenizer(form=LOWER),

@@ -1383,7 +1383,7 @@ def write_file(path: Path, content: str | Callable) -> None:
             beside.unlink(missing_ok=True)
 
 
-class DroppedRow(Exception):
+class DroppedRow(UserError):
     """A row of data that makes no pair; the text says why."""
 
 
@@ -1394,7 +1394,7 @@ def reading(what: Path | str, complaint: str = "damaged, or not what is needed h
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except (UserError, DroppedRow):
+    except UserError:
         raise
     except Exception as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())[:200]

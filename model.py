@@ -1567,7 +1567,7 @@ def import_model(folder: Path) -> tuple[GPT, Tokenizer]:
         config.tied = torch.equal(stored["lm_head.weight"], stored.get("model.embed_tokens.weight", torch.empty(0)))
     unused = ("rotary_emb.inv_freq", "lm_head.weight") if config.tied else "rotary_emb.inv_freq"
     stored = {name: tensor for name, tensor in stored.items() if not name.endswith(unused)}
-    with reading(folder, "the weights are not of the shape that config.json describes"), torch.device("meta"):
+    with reading(folder, "holds other weights than config.json describes"), torch.device("meta"):
         model = GPT(config)
         for name, _ in model.named_parameters():
             weights[name] = torch.cat([stored.pop(one).float() for one in llama_names(name)])

@@ -407,7 +407,7 @@ SPOILT = {  # what the message names, and what is wrong
     **{f"ValueError: {name} {value!r}": tokenizer(**{name: value}) for name, value in OPTIONS.items()},
     **{f"'<{name}>' with lstrip, rstrip or": tokenizer(added=[AddedToken(f"<{name}>", **{name: True})])
        for name in ("lstrip", "rstrip", "single_word")},
-    "size mismatch for blocks.0.attention.qkv": config(head_dim=32), "type mistral is not": config(model_type="mistral"),
+    "size mismatch for blocks.0.attention": config(head_dim=32), "type mistral is not": config(model_type="mistral"),
     "layer_types ['sl": config(layer_types=["sliding_attention"]),
     "partial_rotary_factor 0.5": config(rope_parameters={**ROPE, "partial_rotary_factor": 0.5}),
     "yarn": config(rope_parameters=None, rope_scaling={"type": "yarn"}),

@@ -70,8 +70,7 @@ def score_pairs(model: RewardModel, pairs: Pairs | list[tuple], device: torch.de
     rewards = torch.zeros(len(pairs), len(pairs[0]) - 1)
     for batch in tqdm(pack([pairs[index] for index in range(len(pairs))], device), desc="scoring", leave=False):
         rewards[batch.members.cpu()] = model.score(batch).view(-1, rewards.shape[1]).cpu()
-    rewards = summed(rewards)
-    bad = (~rewards.isfinite().all(1)).nonzero()[:, 0].tolist()
+    bad = (~summed(rewards).isfinite().all(1)).nonzero()[:, 0].tolist()
     if bad:
         raise UserError(f"the rewards of pairs {' '.join(str(index) for index in bad)} are not finite")
     return rewards

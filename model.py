@@ -209,8 +209,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
 
 
 class Product(torch.autograd.Function):
-    """x · weightᵀ, [L, K] and [N, K] → [L, N], in fp32 on a CPU, as a convolution of width 1: PyTorch leaves matrices
-    to MKL but convolutions to oneDNN, which takes half the time on AMD's processors."""
+    """x · weightᵀ, [L, K] and [N, K] → [L, N], in fp32 on a CPU, as a convolution of width 1: PyTorch gives matrices to
+    MKL, but on several threads convolutions to oneDNN, which takes half the time on AMD's processors."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -221,7 +221,7 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        return Product.apply(grad, weight.T), grad.T @ x  # this one is as fast as it is
+        return Product.apply(grad, weight.T), grad.T @ x  # the latter would gain nothing
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -137,7 +137,7 @@ def main() -> None:
             metrics[f"{name}_length"] = lengths[:, side + 1].float().mean().item()
         training.log(("loss", "margin", "accuracy"), "pairs", len(documents), int(lengths.sum()), **metrics)
 
-    # 4. Save, and report on held-back pairs; at the first step all their margins were 0.
+    # 4. Save, and report on held-back pairs, whose margins were 0 at the first step.
     save_model(settings, policy, tokenizer)
     if held_back:
         logratios = all_logprobs(settings, policy, held_back, device) - before

@@ -1,10 +1,10 @@
 """Does MPO do what the paper says? Trains MPO, DPO, PPO, controls and related systems in the toy world, over seeds.
 
-Tuning is equal: --tune tries the same four settings for DPO's methods and the same four for PPO's, on seeds 0 to 2, and
-BEST holds what each method came out best with; the study itself runs on other seeds. Each seed has a folder, where
-commands run one after the other, each once: what commands.json says is done is not run again (delete the folder after a
-change of code). Folders run side by side. On Ctrl-C or SIGTERM the commands under way save their states; the same call
-goes on from there.
+Tuning is equal: --tune tries the same four settings for DPO's methods and the same four prices for PPO's, on seeds 0 to
+2 (MPO's split and DPO are fixed); BEST holds each method's best. The study itself runs on other seeds. Each seed has a
+folder, where commands run one after the other, each once: what commands.json says is done is not run again (delete the
+folder after a change of code). Folders run side by side. On Ctrl-C or SIGTERM the commands under way save their states;
+the same call goes on from there.
 
     python tests/study.py --tune --out out/tuning                                   # the settings in BEST
     python tests/study.py --out out/study --figure                                  # pip install matplotlib
@@ -90,7 +90,7 @@ def methods(best: dict) -> dict[str, list[str]]:
                                 "--data pairs.pt --save ppo_dpo_all.pt"],
         "MPO's DPO alone": [*parts, START],
         "MPO": [*parts, START, f"{mpo} --save ppo.pt"],
-        # Controls of MPO; but for the first, at its price.
+        # Controls of MPO; but for the first, which is tuned, at its price.
         "MPO, random split": [REWARD, "split.py --by random --easy easy_random.pt --hard hard_random.pt",
                               f"{START} --data easy_random.pt --save dpo_random.pt",
                               f"{ppo(best['MPO, random split'])} --init dpo_random.pt --data hard_random.pt "
@@ -105,7 +105,7 @@ def methods(best: dict) -> dict[str, list[str]]:
         "MPO, hard third": [REWARD, "split.py --fraction 0.667 --easy easy_third.pt --hard hard_third.pt",
                             f"{START} --data easy_third.pt --save dpo_third.pt",
                             f"{mpo} --init dpo_third.pt --data hard_third.pt --save ppo_third.pt"],
-        # About 255 prompts, each answered 16 times.
+        # Few prompts: about 255, each answered 16 times.
         "MPO, hardest 3%": [*parts, START, few.format("reward"), f"{mpo} --data few_reward.pt --save ppo_few.pt"],
         "MPO, any 3%": [*parts, START, few.format("random"), f"{mpo} --data few_random.pt --save ppo_few_any.pt"],
         "PPO from SFT, any 3%": [REWARD, few.format("random"), f"{ppo(best['PPO from SFT, all'])} --init sft.pt "

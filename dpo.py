@@ -8,8 +8,8 @@ model and without sampling. What stands in for a reward is how much likelier a r
 and the loss is Bradley-Terry on it, L_DPO = − mean log σ(r(chosen) − r(rejected)). It trusts every label, so it gets
 the easy pairs here. The reference's log-probs are computed in one pass at the start: no second model trains beside.
 
-    python dpo.py                                     # easy.pt → dpo.pt
-    python dpo.py --data pairs.pt --save dpo_all.pt   # the baseline: DPO on all pairs
+    python dpo.py                                                 # easy.pt → dpo.pt
+    python dpo.py --data pairs.pt --steps 256 --save dpo_all.pt   # the baseline: DPO on all pairs
 """
 
 from dataclasses import dataclass

@@ -359,7 +359,8 @@ class TokenLogprobs(torch.autograd.Function):
     """Walks over tiles of the [N, V] logits. Forward is the online softmax of FlashAttention (Dao et al. 2022, arXiv
     2205.14135): it keeps each token's largest logit so far and sums relative to it. Maximum and sum are stored apart:
     a log-sum-exp near 10,000 would round the small logarithm away. Backward makes each tile of the logits again. With
-    p = softmax(logits):  d log p_target / d logits = onehot(target) − p."""
+    logits l, m = max l, Z = Σ exp(l − m) and p = exp(l − m) / Z:  ∂ log p_target / ∂l = onehot(target) − p, and the
+    entropy is log Z − Σ p (l − m)."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, compiled):

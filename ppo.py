@@ -13,8 +13,8 @@ the critic expected, and held near the reference, which in MPO is the DPO policy
 The critic V is a reward model of its own, started from reward.pt. A step answers one batch of prompts and
 makes several passes over the answers.
 
-    python ppo.py                                                               # the MPO policy, ppo.pt
-    python ppo.py --init sft.pt --data pairs.pt --steps 32 --save ppo_all.pt    # a baseline: PPO from SFT
+    python ppo.py                                                       # the MPO policy, ppo.pt
+    python ppo.py --init sft.pt --data pairs.pt --steps 32 --kl-coefficient 0.1 --save ppo_all.pt    # PPO from SFT
 """
 
 import itertools

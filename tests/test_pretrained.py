@@ -408,11 +408,11 @@ SPOILT = {  # what the message names, and what is wrong
     **{f"'<{name}>' with lstrip, rstrip or": tokenizer(added=[AddedToken(f"<{name}>", **{name: True})])
        for name in ("lstrip", "rstrip", "single_word")},
     "size mismatch for blocks.0.attention": config(head_dim=32), "type mistral is not": config(model_type="mistral"),
-    "layer_types ['sl": config(layer_types=["sliding_attention"]),
+    "layer_types ['sl": config(layer_types=["sliding_attention"]), "size mismatch for blocks": config(head_dim=15),
     "partial_rotary_factor 0.5": config(rope_parameters={**ROPE, "partial_rotary_factor": 0.5}),
     "yarn": config(rope_parameters=None, rope_scaling={"type": "yarn"}),
     "KeyError: 'vocab_size'": config(vocab_size=None), "size mismatch": config(hidden_size=66, head_dim=None),
-    "config.json: damaged": config(num_hidden_layers="two"),
+    "size mismatch for": config(num_key_value_heads=3), "config.json: damaged": config(num_hidden_layers="two"),
     "257 tokens": config(vocab_size=256), "[{\"type\": \"By": tokenizer(words=[GPT2, DIGITS]),
     "low_freq_factor": config(rope_parameters={**ROPE, "rope_type": "llama3"}),
     "q_proj.bias": weights(QUERY.replace("weight", "bias"), torch.zeros(64)), f"KeyError: '{QUERY}'": weights(QUERY),

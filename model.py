@@ -300,7 +300,7 @@ class GPT(nn.Module):
         self.activations = torch.float32  # dtype of the matrix products
         self.compiled = self.checkpointed = False  # prepare_model sets these as the flags say
         for name, weight in self.named_parameters():
-            if weight.dim() == 2:  # outputs of order 1, and less where layers add up in the residual stream
+            if weight.dim() == 2:  # outputs (logits too) of order 1, but less where layers add up in the residual
                 into_stream = name.endswith(("output.weight", "down.weight"))
                 nn.init.normal_(weight, std=(weight.shape[1] * (2 * config.layers if into_stream else 1)) ** -0.5)
 
@@ -402,7 +402,8 @@ def logprob_tile(
     hidden: Tensor, matrix: Tensor, places: Tensor, target: Tensor, top: Tensor, total: Tensor, weighted: Tensor
 ) -> Tensor:
     """Adds a tile of the logits l to what is known of n tokens: the logit of the target (0 until it is seen), the
-    largest logit m, Σ exp(l − m), and Σ (l − m) exp(l − m). Returns the four anew, [4, n].
+    largest logit m, Σ exp(l − m), and Σ (l − m) exp(l − m). Returns the four anew, [4, n]. Where m rises, by −drop, a
+    sum Σ exp(l − m) shrinks by exp(drop), and Σ (l − m) exp(l − m) has drop added to each of its factors l − m first.
 
     hidden: [n, dim]; matrix: [v, dim]; places: the targets, counted from the tile's first word; the rest: [n].
     """

@@ -51,6 +51,8 @@ BEST = {  # label temperature → tuned method → the choice of GRID that --tun
           "MPO, random split": 0.3},
     1.0: {"DPO on all": (256, 0.3), "DPO on easy": (64, 0.1), "PPO from SFT, all": 0.1, "MPO": 0.3,
           "MPO, random split": 0.3},
+    1.5: {"DPO on all": (256, 0.3), "DPO on easy": (64, 0.3), "PPO from SFT, all": 0.1, "MPO": 0.2,
+          "MPO, random split": 0.2},
     3.0: {"DPO on all": (256, 0.1), "DPO on easy": (64, 0.3), "PPO from SFT, all": 0.05, "MPO": 0.1,
           "MPO, random split": 0.1},
 }

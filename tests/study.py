@@ -282,6 +282,8 @@ def run_folder(run: Run, threads: int, stop: threading.Event, bar: tqdm) -> None
                 pass
             if stop.is_set():
                 process.send_signal(signal.SIGINT)
+            for other, about in run.record.items():  # what others saved by this name, such as evaluations, is gone
+                about["done"] &= saved_as([other]) != saved_as([command])
             entry["done"] = process.wait() == 0
             entry["seconds"] += time.perf_counter() - began
             write_file(run.folder / "commands.json", json.dumps(run.record, indent=1) + "\n")

@@ -331,8 +331,7 @@ FAR = [1, 90, 4, 30, 2, 60, 45, 88, 7, 21, 3, 75, 12, 5, 33, 9]
 
 def some_prompts(lengths):
     torch.manual_seed(5)
-    policy = GPT(replace(TINY, vocabulary=12, tied=False))
-    return policy, [torch.randint(0, 12, (length,)) for length in lengths]
+    return GPT(replace(TINY, vocabulary=12, tied=False)), [torch.randint(0, 12, (length,)) for length in lengths]
 
 
 @torch.no_grad()

@@ -37,8 +37,7 @@ def outs(tmp_path_factory):
     ways = {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
     started, outputs = [], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     for name, way in ways.items():
-        command = [sys.executable, *way, __file__, folder / name]
-        started.append(subprocess.Popen(command, **outputs, env=environment))
+        started.append(subprocess.Popen([sys.executable, *way, __file__, folder / name], **outputs, env=environment))
     printed = [process.communicate(timeout=100)[0] for process in started]
     assert not any(process.returncode for process in started), printed
     return folder / "one", folder / "two", printed[1]

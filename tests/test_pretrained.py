@@ -358,8 +358,7 @@ def test_a_head_beside_a_tied_config_is_kept_where_it_differs(folder):
 def test_older_configs_and_missing_keys_mean_what_transformers_takes_them_for(edits, tmp_path):
     config(rope_parameters=None, torch_dtype="float32", **edits)(stored(llama(num_key_value_heads=4), tmp_path))
     policy, _ = import_model(tmp_path)
-    theirs = same_logits(policy, tmp_path)
-    assert policy.config.context == theirs.config.max_position_embeddings
+    assert policy.config.context == same_logits(policy, tmp_path).config.max_position_embeddings
     assert (policy.config.rope_scaling is not None) == bool(edits.get("rope_scaling"))
 
 

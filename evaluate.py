@@ -2,10 +2,11 @@
 
 Every policy answers the held-back prompts once, with the same seed. One table gives gold reward (toy world), reward, KL
 from SFT (mean over answers of Σ log π(token) − log π_SFT(token), in nats), length in tokens, and the share that ended;
-another who wins by gold reward, or without one by the reward, a tie being ½: against chosen responses, SFT's answers,
-as they are and as if equally long, and the last policy's. Means have Student's intervals, shares Wilson's. Real text
-has no gold reward, and PPO was trained on the reward model: there --judge asks another language model, in both orders,
-since judges favour a place.
+another win rates, by gold reward or, where there is none, by the reward; a tie counts ½. They are against the chosen
+responses, against SFT's answers (plain, and as if both were equally long) and against the last policy's. ± is a
+standard error; brackets hold 95% intervals, Student's for means, Wilson's for shares. Real text has no gold reward, and
+PPO was trained on the reward model: there --judge asks another language model, in both orders, since judges favour a
+place.
 
     python evaluate.py --policies sft.pt dpo_all.pt ppo_all.pt ppo.pt   # the default: sft.pt dpo.pt ppo.pt
     python evaluate.py --figure                                         # and a picture of the run
@@ -104,9 +105,9 @@ def answer(settings: Settings, pairs: Pairs, policy: GPT, sft: GPT, reward: Rewa
 
 
 def summarise(columns: dict[str, Tensor]) -> dict[str, float | None]:
-    """For each column [n] its mean, standard error s / √n (…_se) and 95% interval (…_low, …_high), Wilson's for a share
-    and else Student's; None for what n values cannot say. With t = √(n − 1) · tan θ, the density of θ on (−π/2, π/2) is
-    proportional to cos(θ)^(n − 2), which is summed here over θ > 0."""
+    """For each column [n] its mean, standard error s / √n (…_se) and 95% interval (…_low, …_high), Wilson's for a plain
+    share (a name that FORMS lacks) and else Student's; None for what n values cannot say. With t = √(n − 1) · tan θ,
+    the density of θ on (−π/2, π/2) is proportional to cos(θ)^(n − 2), which is summed here over θ > 0."""
     summary = {}
     for name, values in columns.items():
         count, low, high = len(values), None, None
@@ -235,9 +236,9 @@ def ask(settings: Settings, question: str) -> str | None:
 
 
 def tally(points: Tensor, longer: Tensor) -> dict[str, Tensor]:
-    """A policy's columns against an opponent. points [2, n]: what the response shown first got, the policy's, then the
-    other; longer [n]: by how much the policy's is longer. Where the orders disagree it is a tie; a prompt that lacks a
-    verdict (nan) counts in `no_verdict` alone."""
+    """A policy's columns against an opponent. points [2, n]: what the response that was shown first got; in row 0 that
+    was the policy's, in row 1 the opponent's. longer [n]: by how much the policy's is longer. Where the orders disagree
+    it is a tie; a prompt that lacks a verdict (nan) counts in `no_verdict` alone."""
     missing = points.isnan().any(0)  # [n]
     points, longer = points[:, ~missing], longer[~missing]
     first, second = points[0], 1 - points[1]  # [known] of the policy's own
@@ -249,8 +250,8 @@ def tally(points: Tensor, longer: Tensor) -> dict[str, Tensor]:
 
 def judge(settings: Settings, prompts: list[str], answers: dict, opponents: dict, summaries: dict) -> str:
     """Asks the judge about each policy and each opponent (dicts of texts and columns, as `answer` gives them). Adds its
-    verdicts to the summaries, and returns them as a table. Each goes to OUT/judge.jsonl as it comes, so that nothing is
-    asked twice."""
+    verdicts to the summaries, and returns them as a table. Each goes to OUT/judge.jsonl as it comes, and is not asked
+    for again; a reply without a verdict is, but by the next run only."""
     path, model, asked, verdicts, rows = Path(settings.out) / "judge.jsonl", settings.judge_model, {}, {}, {}
     for name, (ours, _) in answers.items():
         for opponent, (theirs, _) in opponents.items():
@@ -347,7 +348,6 @@ def export_model(path: Path, folder: Path) -> None:
     if scorer:
         tensors["score.weight"], shift = weights.pop("head.weight"), weights.pop("head.bias").item()
         weights = {name.removeprefix("trunk."): weight for name, weight in weights.items()}
-        weights.pop("head.weight", None)  # an untied trunk's, which scores do not need
     asking, shared = config.heads * config.head_dim, config.kv_heads * config.head_dim  # rows of queries, of keys
     for name, weight in weights.items():
         names = llama_names(name)

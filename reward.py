@@ -1,8 +1,8 @@
 """Mixed Preference Optimization, chapter 2: the reward model.
 
-A GPT trunk, started from the SFT policy, and a linear head that reads a response's score from its last token. It is
-trained on preference pairs under the Bradley-Terry model (1952; for language models Stiennon et al. 2020, arXiv
-2009.01325), in which the chosen response wins with probability σ(r_chosen − r_rejected):
+A GPT trunk, started from the SFT policy, and a linear head that reads a response's score from its last token. Under
+the Bradley-Terry model (1952; for language models Stiennon et al. 2020, arXiv 2009.01325) the chosen response wins with
+probability σ(r_chosen − r_rejected). Training makes the labels likely:
 
     L_RM = − mean over pairs of log σ(r_chosen − r_rejected).
 
@@ -44,6 +44,7 @@ class RewardModel(nn.Module):
 
     def __init__(self, trunk: GPT):
         super().__init__()
+        trunk.head = None  # scores need no logits; without gradients it would have no state in AdamW, as --resume wants
         self.trunk, self.config, self.head = trunk, trunk.config, nn.Linear(trunk.config.dim, 1)
         # Huang et al. 2024 (arXiv 2403.17031) traced this start to the first RLHF code: first rewards of order 1.
         nn.init.normal_(self.head.weight, std=1 / (trunk.config.dim + 1) ** 0.5)
@@ -65,10 +66,10 @@ def bradley_terry_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tens
 
 
 @torch.no_grad()
-def score_pairs(model: RewardModel, pairs: Pairs | list[tuple], device: torch.device) -> Tensor:
+def score_pairs(model: RewardModel, pairs: Pairs | list[tuple], device: torch.device, pass_tokens=None) -> Tensor:
     """Rewards [n, K], on the CPU, of n documents of K branches each (pairs: 2). UserError if some are not finite."""
     rewards = torch.zeros(len(pairs), len(pairs[0]) - 1)
-    for batch in tqdm(pack([pairs[index] for index in range(len(pairs))], device), desc="scoring", leave=False):
+    for batch in tqdm(pack(list(pairs), device, pass_tokens), desc="scoring", leave=False):
         rewards[batch.members.cpu()] = model.score(batch).view(-1, rewards.shape[1]).cpu()
     bad = (~summed(rewards).isfinite().all(1)).nonzero()[:, 0].tolist()
     if bad:
@@ -96,8 +97,7 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
 def calibration(rewards: Tensor) -> list[tuple[float, float, int]]:
     """(predicted, observed, pairs) by prediction, for pairs [n, 2]: how often the side ranked first is chosen."""
     predicted, observed = rewards.diff(dim=1)[:, 0].abs().sigmoid(), wins(*rewards.unbind(1)).double()
-    bins = (10 * predicted - 5).long().clamp(0, 4)
-    found = [bins == number for number in range(5)]
+    found = [(10 * predicted - 5).long().clamp(0, 4) == number for number in range(5)]  # the members of each bin
     return [(predicted[one].mean().item(), observed[one].mean().item(), int(one.sum())) for one in found if one.any()]
 
 
@@ -140,9 +140,9 @@ def main() -> None:
 
     # 3. Shift: mean reward 0 over the training responses. Save, and report on held-back pairs.
     with torch.no_grad():
-        model.head.bias -= score_pairs(model, pairs, device).mean().item()
+        model.head.bias -= score_pairs(model, pairs, device, settings.pass_tokens).mean().item()
     save_model(settings, model, tokenizer)
-    report(score_pairs(model, test, device), test.gold)
+    report(score_pairs(model, test, device, settings.pass_tokens), test.gold)
     finish(settings, ["save"], "python split.py", "--init {} --easy EASY_NAME.pt --hard HARD_NAME.pt")
 
 

@@ -103,7 +103,7 @@ def main() -> None:
     settle(settings, policy.config.pretrained)
 
     # 2. The reference's log-probs of the pairs to train on; by default the policy still is it. In the batches of the
-    # first epoch, so that the first loss is ln 2 to the last digit, whatever the precision.
+    # first epoch, so that a policy that starts as the reference has margins of exactly 0 then, whatever the precision.
     reader = load_model(settings, settings.reference, GPT)[0] if settings.reference else policy
     reference = torch.zeros(len(pairs), 2, device=device)
     steps = min(count_steps(settings, len(pairs)), -(-len(pairs) // settings.batch_size))
@@ -130,19 +130,19 @@ def main() -> None:
         losses, rewards = dpo_loss(*logratios.unbind(1), *options), settings.beta * logratios
         margin = rewards[:, 0] - rewards[:, 1]
         lengths = pairs.lengths[indices]  # (batch, 3)
-        metrics |= {"loss": losses.mean(), "margin": margin.mean(), "accuracy": (margin > 0).float().mean()}
+        metrics |= {"loss": losses.mean(), "margin": margin.mean(), "accuracy": margin.sign().mean() / 2 + 0.5}
         for side, name in enumerate(("chosen", "rejected")):
             metrics[f"{name}_logprobs"] = logprobs[:, side].mean()
             metrics[f"{name}_rewards"] = rewards[:, side].mean()
             metrics[f"{name}_length"] = lengths[:, side + 1].float().mean().item()
         training.log(("loss", "margin", "accuracy"), "pairs", len(documents), int(lengths.sum()), **metrics)
 
-    # 4. Save, and report on held-back pairs, whose margins were 0 at the first step.
+    # 4. Save, and report on held-back pairs; a policy that started as the reference began with margins of 0.
     save_model(settings, policy, tokenizer)
     if held_back:
         logratios = all_logprobs(settings, policy, held_back, device) - before
-        right = (logratios[:, 0] > logratios[:, 1]).float().mean()
-        print(f"{right:.1%} of {len(held_back)} held-back pairs are ranked as labelled")
+        right = (logratios[:, 0] - logratios[:, 1]).sign().mean() / 2 + 0.5  # a tie counts one half
+        print(f"the policy's own reward ranks {right:.1%} of {len(held_back)} held-back pairs as labelled")
     finish(settings, ["save"], "python ppo.py", "--init {} --save NAME.pt")
 
 

@@ -62,7 +62,7 @@ class UserError(Exception):
 
 REMEDIES = {  # what to do about an error that is the machine's, by a pattern of what it says
     "MemoryError|[Oo]ut of memory|not enough memory|t allocate memory|ALLOC_FAILED":
-    "out of memory; fewer --pass-tokens or --max-new-tokens, --grad-checkpoint, --dtype bf16 or torchrun help",
+    "out of memory; lower --pass-tokens or --max-new-tokens, or --grad-checkpoint, where --help has them; --dtype bf16",
     r"No working C\+\+ compiler|Failed to find C compiler":
     "torch.compile finds no C++ compiler; install one, such as g++, or on a CPU leave out --compile",
 }
@@ -514,7 +514,7 @@ def pack(
     sizes = [sum(len(part) for part in document) for document in documents]
     by_length = sorted(range(len(documents)), key=lambda index: -sizes[index])
     most = tokens_per_pass or (32768 if device.type == "cuda" else 4096)
-    passes = count * max(1, math.ceil(sum(sizes) / count / most))
+    passes = count * max(1, math.ceil(min(sum(sizes) / most, len(documents)) / count))
     for number in range(rank, passes, count):
         yield lay_out(documents, by_length[number::passes], device)
 
@@ -1724,7 +1724,7 @@ def mixed_seed(seed: int, number: int) -> int:
 
 
 def count_steps(settings: TrainingSettings, examples: int) -> int:
-    """Optimiser steps: --steps, or as many as --epochs passes over the examples make."""
+    """Steps, a batch each: --steps, or as many as --epochs passes over the examples make."""
     per_epoch = math.ceil(examples / settings.batch_size)
     return math.ceil(round(settings.epochs * per_epoch, 6)) if settings.steps is None else settings.steps
 
@@ -1825,7 +1825,7 @@ class Training:
             print(f"stopped after step {self.step} of {self.steps}; the same command with --resume goes on")
             sys.exit(130)
         log = read_log(self.log_path)
-        if log:
+        if log and self.shown:  # no step is left after a resume that only has to save
             course = [f"{name} {log[0][name]:.3f} → {log[-1][name]:.3f}" for name in self.shown]
             print(f"{self.steps} steps, first → last: {', '.join(course)}")
 
@@ -1852,7 +1852,7 @@ class Training:
         return norm.full_tensor() if dist.is_initialized() else norm
 
     def log(self, shown: tuple[str, ...], unit: str, units: int, tokens: int, **metrics: float | Tensor) -> None:
-        """Writes the step's line of the log, and the `shown` metrics beside the bar. Here alone a step waits for the
+        """Writes the step's line of the log, and the `shown` metrics beside the bar. Here alone an update waits for the
         GPU. Raises UserError if a metric is not finite: nothing is saved then, so the last good state is kept."""
         for name, value in metrics.items():
             metrics[name] = value = value.item() if isinstance(value, Tensor) else value
@@ -1995,7 +1995,7 @@ def main() -> None:
     if test:
         documents = [test[index][:2] for index in range(len(test))]
         with torch.no_grad():
-            total = sum(policy.logprobs(batch)[0].sum() for batch in pack(documents, device))
+            total = sum(policy.logprobs(batch)[0].sum() for batch in pack(documents, device, settings.pass_tokens))
         loss = -summed(total).item() / test.lengths[:, 1].sum().item()
         print(f"test loss {loss:.3f} nats a token (perplexity {math.exp(loss):.2f})")
     finish(settings, ["save"], "python reward.py", "--init {} --save NAME.pt")

@@ -7,8 +7,9 @@ the critic expected, and held near the reference, which in MPO is the DPO policy
 
     reward      r_t = −β (log π_old(a_t) − log π_ref(a_t)), plus the score of the whole response at its last token
     advantage   A_t = δ_t + γλ A_{t+1},  δ_t = r_t + γ V_{t+1} − V_t
-    loss        − min(ρ_t A_t, clip(ρ_t, 1 ± ε) A_t) + c (V_t − R_t)²/2,  ρ_t = π/π_old, R_t = A_t + V_t,
-                with the value's move clipped as well
+    loss        − min(ρ_t Â_t, clip(ρ_t, 1 ± ε) Â_t) + c (V_t − R_t)²/2,  ρ_t = π/π_old, with the value's move clipped
+                as well; Â_t: A_t whitened, that is to mean 0 and variance 1 over the batch; R_t = A_t + V_t with the
+                V_t from before the updates
 
 The critic V is a reward model of its own, started from reward.pt. A step answers one batch of prompts and
 makes several passes over the answers.
@@ -46,7 +47,7 @@ class Settings(TrainingSettings):
     minibatch_size: int = flag(16, "answers per optimiser step", least=1, pretrained=64)
     lr: float = flag(3e-4, "peak learning rate", least=0, pretrained=3e-6)
     kl_coefficient: float = flag(0.3, "β: price of a nat of log-ratio to the reference", least=0, pretrained=0.05)
-    matching: float = flag(1.0, "α: above it, the reference has no say (PM-RLHF)", above=0, most=1)
+    matching: float = flag(1.0, "α: the reference has no say on tokens it holds likelier (PM-RLHF)", above=0, most=1)
     gamma: float = flag(1.0, "γ: discount per token", least=0, most=1)
     gae_lambda: float = flag(0.95, "λ of generalised advantage estimation", least=0, most=1)
     temperature: float = flag(1.0, "of sampling, and of all log-probs", above=0)
@@ -206,7 +207,7 @@ def rollout_metrics(rollout: Rollout, returns: Tensor, tokenizer: Tokenizer, sou
     metrics = {"score": rollout.scores.mean(), "kl": log_ratio.sum(1).mean(), "length": rollout.lengths.float().mean(),
                "ended": rollout.ended.float().mean(), "explained_variance": 1 - unexplained}
     if source == "toy":
-        texts = [[tokenizer.decode(part.tolist()) for part in document] for document in rollout.documents]
+        texts = [[tokenizer.decode(part) for part in document] for document in rollout.documents]
         metrics["gold_reward"] = sum(gold_reward(*text) for text in texts) / len(texts)
     return metrics
 

@@ -48,7 +48,7 @@ class Settings(CommonSettings):
     hard: str = flag("hard.pt", "file for the hard pairs")
     policy: str | None = flag(None, "policy whose own answers take the place of the responses [none]")
     answers: int = flag(4, "own answers to each prompt", least=1)
-    chosen: Literal["best", "gold", "labelled"] = flag("best", "over the worst own: best (gold: by gold), data's")
+    chosen: Literal["best", "gold", "labelled"] = flag("best", "best own over worst; gold: by gold; labelled: data's")
     temperature: float = flag(1.0, "of sampling own answers", above=0)
     max_new_tokens: int = flag(96, "longest own answer", least=1, pretrained=256)
 
@@ -120,7 +120,7 @@ def own_answers(settings: Settings, pairs: Pairs, model: RewardModel, device: to
         print(f"the reward model orders {agreement:.1%} of {len(ordered)} pairs of answers as gold does")
     print(f"own answers: {generated} tokens, {log['ended']:.1%} ended; {len(pairs) - len(known)} prompts make no pair")
     if not known:
-        raise UserError(f"--policy {settings.policy}: no prompt has two answers that ended and differ")
+        raise UserError(f"--policy {settings.policy}: no prompt's answers make a pair (see above how many ended)")
     write_file(Path(settings.out) / Path(settings.easy).with_suffix(".jsonl"), json.dumps(log) + "\n")
     lengths = torch.tensor([len(part) for part in parts]).view(-1, 3)
     rewards, gold = torch.tensor(known).unbind(1)  # (pairs, 2) each

@@ -92,7 +92,7 @@ def methods(best: dict) -> dict[str, list[str]]:
                                 "--data pairs.pt --save ppo_dpo_all.pt"],
         "MPO's DPO alone": [*parts, START],
         "MPO": [*parts, START, f"{mpo} --save ppo.pt"],
-        # Controls of MPO; but for the first, which is tuned, at its price.
+        # Controls of MPO. The first is tuned, the others take MPO's KL price.
         "MPO, random split": [REWARD, "split.py --by random --easy easy_random.pt --hard hard_random.pt",
                               f"{START} --data easy_random.pt --save dpo_random.pt",
                               f"{ppo(best['MPO, random split'])} --init dpo_random.pt --data hard_random.pt "
@@ -112,7 +112,8 @@ def methods(best: dict) -> dict[str, list[str]]:
         "MPO, any 3%": [*parts, START, few.format("random"), f"{mpo} --data few_random.pt --save ppo_few_any.pt"],
         "PPO from SFT, any 3%": [REWARD, few.format("random"), f"{ppo(best['PPO from SFT, all'])} --init sft.pt "
                                  "--data few_random.pt --save ppo_few_sft.pt"],
-        # Does MPO fall behind because its reward model does not see what policies do wrong? PPO's here was shown it.
+        # Does MPO fall behind because its reward model never saw what policies do wrong? The one of these two rows also
+        # learns from answers of PPO's policy, labelled by gold.
         "RLP, labels by gold": [*shown, f"{ppo(best.get('RLP, labels by gold'))} --init sft.pt --data pairs.pt "
                                 "--reward reward_rlp_gold.pt --save ppo_rlp_gold.pt"],
         "MPO, labels by gold": [*parts, START, *shown, f"{ppo(best.get('MPO, labels by gold'))} "
@@ -187,7 +188,8 @@ def stage(row: str) -> str:
 
 
 def numbered(commands: list[str], others: list[str], number: int) -> list[str]:
-    """The commands, with a number in the names of what they save otherwise than these others."""
+    """The commands of one choice. Where one differs from another choice's (`others`), or reads a file with a number in
+    its name, what it saves gets the number too, so that no two choices write the same file."""
     result, names = [], set()  # names of files that differ from the others'
     for command, other in zip(commands, others, strict=True):
         if command != other or names & set(re.findall(r"(\w+)\.pt", command)):
@@ -221,7 +223,7 @@ Numbers = dict[str, dict[str, torch.Tensor]]  # row → key → its value for ea
 
 @dataclass
 class Settings:
-    """Flags of the study. Raises UserError for values that make none."""
+    """Flags of the study. Raises UserError for values that no study can have."""
 
     out: str = flag("out/study", "folder for the seeds' folders, study.json and figures")
     seeds: int | None = flag(None, "how many seeds [5; --tune: 3]")
@@ -236,7 +238,8 @@ class Settings:
         self.seeds = (3 if self.tune else 5) if self.seeds is None else self.seeds
         self.seed = (0 if self.tune else 3) if self.seed is None else self.seed
         self.noise_seeds = self.seeds if self.noise_seeds is None else min(self.noise_seeds, self.seeds)
-        if self.seeds < 2 or self.noise_seeds < 0 or self.noise_seeds == 1 or (self.parallel or 1) < 1:
+        side_by_side = 1 if self.parallel is None else self.parallel
+        if self.seeds < 2 or self.noise_seeds < 0 or self.noise_seeds == 1 or side_by_side < 1:
             raise UserError("--seeds and --noise-seeds: at least 2, for a standard error; --parallel: at least 1")
         if self.figure and importlib.util.find_spec("matplotlib") is None:
             raise UserError("--figure: this needs one more package: pip install matplotlib")

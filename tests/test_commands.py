@@ -289,7 +289,7 @@ def test_results_are_saved_before_they_are_printed(out, toy, command, prints, ca
 
 
 @pytest.mark.parametrize("action, remedy", [
-    (lambda: torch.empty(2**60, device="cpu"), "out of memory; fewer --pass-tokens"),
+    (lambda: torch.empty(2**60, device="cpu"), "out of memory; lower --pass-tokens"),
     (lambda: bytearray(2**60), "out of memory"),
     (Mock(side_effect=RuntimeError("CUDA error: out of memory")), "out of memory"),
     (Mock(side_effect=RuntimeError("No working C++ compiler found in x")), "no C++ compiler; install one"),

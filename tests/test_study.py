@@ -151,8 +151,7 @@ def test_each_command_runs_once_in_order_and_never_again(fake, capsys):
 
 
 def test_a_failure_is_named_and_stops_the_others_and_the_next_call_goes_on(fake):
-    """seed7's reward model would sleep for a minute; seed8's fails as soon as that one is asleep. What the stopped
-    attempt took is counted."""
+    """seed7's reward model sleeps, seed8's fails as soon as it does. What the stopped attempt took is counted."""
     call, folder, other = fake
     (folder / "do_reward").write_text(SLEEP)
     wait = f"while not os.path.exists({str(folder / 'asleep')!r}): time.sleep(0.01)\n"
@@ -182,7 +181,7 @@ def test_ctrl_c_or_sigterm_lets_a_command_save_its_state_once(fake, number):
     assert not (other / "study.log").exists()
 
 
-@pytest.mark.parametrize("flags", ["--seeds 1", "--noise-seeds 1", "--noise-seeds -1", "--parallel -1", "--figure"])
+@pytest.mark.parametrize("flags", ["--seeds 1", "--noise-seeds 1", "--noise-seeds -1", "--parallel 0", "--figure"])
 def test_what_makes_no_study_is_refused_before_any_work(fake, monkeypatch, flags):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="pip install matplotlib" if flags == "--figure" else "at least 2"):

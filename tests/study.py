@@ -46,7 +46,9 @@ GRID = {"dpo.py": [(64, 0.1), (64, 0.3), (256, 0.1), (256, 0.3)],  # steps, β
 BEST = {  # label temperature → tuned method → the choice of GRID that --tune found best
     2.0: {"DPO on all": (256, 0.1), "DPO on easy": (64, 0.1), "PPO from SFT, all": 0.1, "MPO": 0.2,
           "MPO, random split": 0.1, "PPO from SFT, hard": 0.1, "PPO from DPO on all": 0.1,
-          "RLP, labels by gold": 0.1, "MPO, labels by gold": 0.2},
+          "RLP, labels by gold": 0.1, "MPO, labels by gold": 0.2,
+          "DPO on own answers": (256, 0.3), "SAIL-DP": (256, 0.3), "IRFT, 2 rounds": (64, 0.3), "RFT": 0.2,
+          "AIHF": 0.05, "RLP": 0.3, "PM-RLHF": 0.1, "MPO, DPO on own answers as PPO": (64, 0.3)},
     0.0: {"DPO on all": (256, 0.3), "DPO on easy": (64, 0.3), "PPO from SFT, all": 0.3, "MPO": 0.2,
           "MPO, random split": 0.3},
     1.0: {"DPO on all": (256, 0.3), "DPO on easy": (64, 0.1), "PPO from SFT, all": 0.1, "MPO": 0.3,
@@ -122,20 +124,14 @@ def methods(best: dict) -> dict[str, list[str]]:
 
 
 def related(best: dict) -> dict[str, list[str]]:
-    """The related systems, as methods gives its rows. What `best` lacks of them takes the settings of DPO on all, or of
-    PPO from SFT or MPO, whichever it is like."""
+    """The related systems, as methods gives its rows. Two rounds of DPO on own answers have the settings of one, SPIN
+    those of IRFT."""
     known, labelled = methods(best), "--data pairs.pt --chosen labelled --answers 1"
     own_sft, demos = own("sft", "own"), own("sft", "demos", labelled)
 
-    def dpo_as(row: str, rounds: int = 1) -> str:
-        return dpo(best.get(row, best["DPO on all"]), rounds)
-
-    def ppo_as(row: str) -> str:
-        return f"{ppo(best.get(row, best['PPO from SFT, all']))} --init sft.pt --data pairs.pt"
-
-    def self_play(row: str, name: str, loss: str) -> list[str]:
+    def self_play(name: str, loss: str) -> list[str]:
         """Two rounds of labelled responses against the policy's own."""
-        half = dpo_as(row, rounds=2)
+        half = dpo(best["IRFT, 2 rounds"], rounds=2)
         return [REWARD, demos, f"{half} --loss {loss} --data demos.pt --save {name}_first.pt",
                 own(f"{name}_first", f"demos_{name}", labelled),
                 f"{half} --loss {loss} --data demos_{name}.pt --init {name}_first.pt --save {name}.pt"]
@@ -143,26 +139,27 @@ def related(best: dict) -> dict[str, list[str]]:
     def rewarded(row: str, name: str, data: str, *before: str) -> list[str]:
         """PPO from SFT by a reward model that is trained on pairs of its own, made by the commands `before`."""
         return [REWARD, *before, f"reward.py --data {data} --save reward_{name}.pt",
-                f"{ppo_as(row)} --reward reward_{name}.pt --save ppo_{name}.pt"]
+                f"{ppo(best[row])} --init sft.pt --data pairs.pt --reward reward_{name}.pt --save ppo_{name}.pt"]
 
-    half = dpo_as("DPO on own answers, 2 rounds", rounds=2)
+    once, half = (dpo(best["DPO on own answers"], rounds) for rounds in (1, 2))
     rows = {
         "expert iteration": [REWARD, own_sft,
                              "model.py --steps 64 --batch-size 64 --init sft.pt --data own.pt --save ei.pt"],
-        "DPO on own answers": [REWARD, own_sft, f"{dpo_as('DPO on own answers')} --data own.pt --save dpo_own.pt"],
+        "DPO on own answers": [REWARD, own_sft, f"{once} --data own.pt --save dpo_own.pt"],
         "DPO on own answers, 2 rounds": [
             REWARD, own_sft, f"{half} --data own.pt --save dpo_own_first.pt", own("dpo_own_first", "own_2"),
             f"{half} --init dpo_own_first.pt --reference sft.pt --data own_2.pt --save dpo_own_2.pt"],
-        "SAIL-DP": [f"{dpo_as('SAIL-DP')} --data pairs.pt --self-weight 0.3 --save sail.pt"],
-        "IRFT, 2 rounds": self_play("IRFT, 2 rounds", "irft", "linear"),
-        "SPIN, 2 rounds": self_play("SPIN, 2 rounds", "spin", "sigmoid"),
+        "SAIL-DP": [f"{dpo(best['SAIL-DP'])} --data pairs.pt --self-weight 0.3 --save sail.pt"],
+        "IRFT, 2 rounds": self_play("irft", "linear"),
+        "SPIN, 2 rounds": self_play("spin", "sigmoid"),
         "RFT": rewarded("RFT", "rft", "demos.pt", demos),
         "AIHF": rewarded("AIHF", "aihf", "pairs.pt+demos.pt", demos),
         "RLP": rewarded("RLP", "rlp", "pairs.pt+own_ppo.pt", known["PPO from SFT, all"][-1], own("ppo_all", "own_ppo")),
-        "PM-RLHF": [REWARD, f"{ppo_as('PM-RLHF')} --matching 0.1 --save ppo_matching.pt"],
+        "PM-RLHF": [REWARD, f"{ppo(best['PM-RLHF'])} --init sft.pt --data pairs.pt --matching 0.1 "
+                    "--save ppo_matching.pt"],
         "MPO, DPO on own answers as PPO": [
             *known["MPO's DPO alone"], own("dpo", "own_hard", "--data hard.pt"),
-            f"{dpo_as('MPO, DPO on own answers as PPO')} --init dpo.pt --data own_hard.pt --save mpo_own.pt"],
+            f"{dpo(best['MPO, DPO on own answers as PPO'])} --init dpo.pt --data own_hard.pt --save mpo_own.pt"],
     }
     for part in (25, 50, 100):  # ExPO: α in hundredths
         for row, name in (("DPO on all", "dpo_all"), ("MPO", "ppo")):
@@ -176,7 +173,8 @@ def tuning(best: dict) -> dict[str, list[str]]:
     rows = {"SFT": []}
     for row in best:
         choices = GRID[stage(row)]
-        known = [(methods(best | {row: choice}) | related(best | {row: choice}))[row] for choice in choices]
+        make = methods if row in methods(best) else related
+        known = [make(best | {row: choice})[row] for choice in choices]
         for number, choice in enumerate(choices):
             rows[f"{row}: {choice}"] = numbered(known[number], known[number - 1], number)
     return rows

@@ -84,7 +84,7 @@ def expected(world: str = study.WORLD) -> list[str]:
 
 def test_commands_read_what_was_written_before_and_no_two_write_the_same_file(monkeypatch):
     """DPO on all, PPO and MPO differ in steps and prices alone, and each row in nothing but its tuned settings."""
-    best = {"DPO on all": (256, 0.2), "DPO on easy": (128, 0.4)} | {row: 0.7 for row in BEST[2.0] if row[:3] != "DPO"}
+    best = {row: 0.7 if study.stage(row) == "ppo.py" else (128, 0.4) for row in BEST[2.0]} | {"DPO on all": (256, 0.2)}
     makers, budgets = {}, set()
     for commands in (methods(best) | study.related(best)).values():
         written = {"pairs.pt", "test.pt", "sft.pt"}
@@ -102,7 +102,7 @@ def test_commands_read_what_was_written_before_and_no_two_write_the_same_file(mo
             if command.startswith("ppo.py"):
                 budgets.add((one.steps, one.kl_coefficient, one.batch_size, one.ppo_epochs, one.lr))
     assert len({saved_as(commands) for commands in STUDY.values()}) == len(STUDY)
-    dpo = {(64, 0.1), (256, 0.2), (128, 0.4), (128, 0.2)}  # MPO's, on all, on easy, each of two rounds
+    dpo = {(64, 0.1), (256, 0.2), (128, 0.4), (64, 0.4)}  # MPO's, on all, the others, each of two rounds
     assert budgets == {(*choice, 64, 5e-5) for choice in dpo} | {(32, 0.7, 128, 2, 3e-4)}
 
 
@@ -115,9 +115,9 @@ def test_tuning_tries_every_setting_once_and_each_temperature_has_its_own():
     assert run.rows == methods(BEST[2.0]) and run.commands[-1].startswith("split.py") and len(run.rows) < len(STUDY)
     plain = methods(BEST[2.0] | {"DPO on easy": (256, 0.1)})["DPO on easy"]
     assert rows["DPO on easy: (256, 0.1)"] == [*plain[:-1], plain[-1].replace("dpo_easy.pt", "dpo_easy_2.pt")]
-    spin = study.tuning(BEST[2.0] | {"SPIN, 2 rounds": (64, 0.1)})["SPIN, 2 rounds: (256, 0.1)"]
-    assert [saved_as([command]) for command in spin] == ["reward", "demos", "spin_first_2", "demos_spin_2", "spin_2"]
-    assert "--policy spin_first_2.pt" in spin[3] and "--data demos_spin_2.pt --init spin_first_2.pt" in spin[4]
+    irft = rows["IRFT, 2 rounds: (256, 0.1)"]
+    assert [saved_as([command]) for command in irft] == ["reward", "demos", "irft_first_2", "demos_irft_2", "irft_2"]
+    assert "--policy irft_first_2.pt" in irft[3] and "--data demos_irft_2.pt --init irft_first_2.pt" in irft[4]
     for best in BEST.values():
         assert all(best[row] in GRID[study.stage(row)] for row in best)
         assert {row for row in study.NOISE_ROWS if row != "SFT"} <= best.keys()

@@ -250,9 +250,9 @@ def tally(points: Tensor, longer: Tensor) -> dict[str, Tensor]:
 
 def judge(settings: Settings, prompts: list[str], answers: dict, opponents: dict, summaries: dict) -> str:
     """Asks the judge about each policy and each opponent (dicts of texts and columns, as `answer` gives them). Adds its
-    verdicts to the summaries, and returns them as a table. Each goes to OUT/judge.jsonl as it comes, and is not asked
-    for again; a reply without a verdict is, but by the next run only."""
-    path, model, asked, verdicts, rows = Path(settings.out) / "judge.jsonl", settings.judge_model, {}, {}, {}
+    verdicts to the summaries, and returns them as a table. Each goes to OUT/verdicts.jsonl as it comes, and is not
+    asked for again; a reply without a verdict is, but by the next run only."""
+    path, model, asked, verdicts, rows = Path(settings.out) / "verdicts.jsonl", settings.judge_model, {}, {}, {}
     for name, (ours, _) in answers.items():
         for opponent, (theirs, _) in opponents.items():
             if theirs is not ours:  # in both orders

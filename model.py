@@ -739,7 +739,8 @@ class Tokenizer:
         # Where a text is cut, and into what: added tokens first, some found in its Unicode form; then words.
         plain = {token["content"]: token["normalized"] for token in added if not token["special"]}
         verbatim = [name for name in plain if not plain[name]]
-        self.control, self.verbatim, self.both = map(any_of, (self.special, verbatim, [*self.special, *verbatim]))
+        control = [name for name in self.special if len(name) > 1]  # a lone "!" is text wherever it stands
+        self.control, self.verbatim, self.both = map(any_of, (control, verbatim, [*control, *verbatim]))
         self.in_form = any_of(name for name in plain if plain[name])
         # tiktoken reads words as they are spelled here, with spaces between.
         self.spelling = {byte: symbol if symbol in spelled else None for byte, symbol in SYMBOLS.items()} | {255: " "}
@@ -775,7 +776,7 @@ class Tokenizer:
 
     def shield(self, text: str) -> str:
         """The text, in which names of control tokens stay text when it is encoded with `control`."""
-        return self.control.sub(lambda match: match[0][:-1] + SHIELD + match[0][-1], text)
+        return self.control.sub(lambda match: SHIELD.join(match[0]), text)
 
 
 def any_of(names: Iterable[str]) -> re.Pattern:
@@ -828,7 +829,8 @@ def read_steps(given: dict) -> tuple[str | None, list[regex.Pattern], list[int]]
 
 def require_rank_merging(given: dict, spelled: dict[str, int]) -> None:
     """Raises ValueError where tiktoken, which always merges the neighbours that make the token of the lowest id, would
-    encode differently. spelled: the vocabulary without added tokens."""
+    encode differently (of a list of merges that was trained, not edited). spelled: the vocabulary without added
+    tokens."""
     model = given["model"]
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "unk_token"):
         if model.get(name) and not (name == "unk_token" and BYTES.keys() <= spelled.keys()):
@@ -1011,7 +1013,7 @@ HUB = {  # short names: repository, which argument of load_dataset a part of it 
     "tldr": ("openai/summarize_from_feedback", "name",
              {"revision": "refs/convert/parquet", "data_files": {"train": "comparisons/train/*.parquet"}}),
 }
-FILES = "read are JSON Lines, JSON and parquet, gzipped or not"
+FILES = "read are JSON Lines and JSON, gzipped or not, and parquet"
 ENDINGS = ".jsonl", ".ndjson", ".json", ".parquet", ".gz"  # of a folder's files; a file may have any
 ABOUT = re.compile(r"(dataset_infos?|dataset_dict|state|metadata|config)\.json")  # tell about a folder's data
 
@@ -1078,7 +1080,7 @@ def read_rows(settings: "Settings") -> Iterator[tuple[str, dict]]:
         rows = toy_rows(settings.limit or 10000, settings.seed, settings.label_temperature)
         rows = ((f"toy row {number}", row) for number, row in enumerate(rows, 1))
     else:
-        rows = hub_rows(source) if of_hub or re.split("[:@]", source)[0] in HUB else file_rows(path)
+        rows = hub_rows(source) if of_hub or re.split("[:@]", source)[0] in HUB else file_rows(path, settings.out)
     return itertools.islice(rows, settings.limit)
 
 
@@ -1094,9 +1096,11 @@ def hub_rows(source: str) -> Iterator[tuple[str, dict]]:
         yield f"{repository} row {number + 1}", rows[number]
 
 
-def file_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """Rows of a file, or of a folder's files and its subfolders', but for hidden ones and those that tell about it."""
+def file_rows(path: Path, out: str) -> Iterator[tuple[str, dict]]:
+    """Rows of a file, or of a folder's files and its subfolders', but for --out, hidden ones and those that tell about
+    it."""
     found = [file for file in sorted(path.rglob("*")) if file.is_file() and "/." not in f"/{file.relative_to(path)}"]
+    found = [file for file in found if Path(out).resolve() not in file.resolve().parents]
     files = [file for file in found if file.suffix in ENDINGS and not ABOUT.fullmatch(file.name)]
     files = [path] if path.is_file() else files
     if not files:
@@ -1142,14 +1146,15 @@ def name_columns(row: dict) -> dict:
     """A row whose columns have the names that most data sets give them; TL;DR's is worded as in Stiennon et al. 2020. A
     null is an absent value."""
     row = {name: LINES.sub(r"\n\n\1:", value) if isinstance(value, str) else value for name, value in row.items()}
-    if "summaries" in row:
+    if row.get("summaries") is not None:
         post, texts = row["info"], [summary["text"] for summary in row["summaries"]]  # which begin with a space
         about = f"SUBREDDIT: r/{post['subreddit']}\n\nTITLE: {post['title']}\n\nPOST: {post['post'] or ''}\n\nTL;DR:"
         row |= {"prompt": about, "chosen": texts[row["choice"]], "rejected": texts[1 - row["choice"]]}
     for other, name in COLUMNS.items():
         if other in row:
             row[name] = row.get(name) or row[other]
-    asked = [row[name] for name in ("question", "instruction", "input") if (row.get(name) or "").strip()]
+    asked = [row.get(name) for name in ("question", "instruction", "input")]
+    asked = [text for text in asked if isinstance(text, str) and text.strip()]
     return row | {"prompt": row.get("prompt") or list_messages("\n\n".join(asked), "user")}
 
 
@@ -1164,8 +1169,8 @@ def read_row(row: dict) -> tuple[str | list[dict], str, str]:
     if texts and (not prompt or str(prompt).isspace() or all(side.lstrip().startswith("Human:") for side in sides)):
         # Transcripts, whose prompt goes to the last turn; without one it is empty.
         halves = [re.fullmatch(f"(.*{TURN})?(.*)", side, re.DOTALL).groups("") for side in sides]
-    elif texts and isinstance(prompt, str) and "system" not in row:
-        again = all(side.startswith(prompt) for side in sides)
+    elif texts and isinstance(prompt, str) and row.get("system") is None:
+        again = len(prompt.split()) > 3 and all(side.startswith(prompt) for side in sides)  # "Hi": answered in kind
         halves = [(prompt, side.removeprefix(prompt) if again else side) for side in sides]
     else:
         before = list_messages(row.get("system"), "system") + list_messages(prompt, "user")
@@ -1207,7 +1212,8 @@ def list_messages(given, role: str) -> list[dict[str, str]]:
     messages = []
     for message in [given] if isinstance(given, dict) else given or []:
         said = (message.get("role") or message["from"]).lower()
-        content = (message["content"] if "content" in message else message["value"]) or ""
+        content = message.get("content")
+        content = (message["value"] if content is None and "value" in message else message["content"]) or ""
         content = content if isinstance(content, str) else "".join(part["text"] for part in content)
         messages.append({"role": ROLES.get(said, said), "content": content})
     return messages
@@ -1222,9 +1228,12 @@ def chat_template(text: str):
     def refuse(why: str) -> NoReturn:
         raise DroppedRow(f"the chat template refuses it: {why}")
 
+    # transformers marks what an assistant says by {% generation %}: shown always.
+    text = re.sub(r"(\{%[-+]?\s*)(end)?generation\b", lambda tag: tag[1] + ("endif" if tag[2] else "if true"), text)
     jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     jinja.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    jinja.globals |= {"raise_exception": refuse, "strftime_now": time.strftime, "tools": None, "documents": None}
+    jinja.globals |= {"raise_exception": refuse, "tools": None, "documents": None}
+    jinja.globals["strftime_now"] = lambda form: time.strftime(form, time.gmtime(1735732800))  # same ids every day
     return jinja.from_string(text)
 
 
@@ -1248,6 +1257,8 @@ def write_row(settings: "Settings", tokenizer: Tokenizer | None, prompt, *sides:
             form = "template"  # which was applied before
         return form, [prompt, *sides]
     form = "template" if tokenizer and tokenizer.template else "dialogue"
+    if form == "dialogue" and {message["role"] for message in prompt} - {"system", "user", "assistant"}:
+        raise DroppedRow("a role that a dialogue lacks")
     messages = [message | {"content": shield(message["content"])} for message in prompt]
     parts = [write_out(tokenizer, form, messages, answered=False)]
     for side in sides:
@@ -1291,7 +1302,7 @@ def read_examples(settings: "Settings", counts: Counter, tokenizer: Tokenizer | 
     for where, row in tqdm(read_rows(settings), desc="reading", unit=" rows", leave=False):
         counts["rows read"] += 1
         try:
-            with reading(where, f"has {', '.join(row) or 'nothing'}; {LAYOUTS}"):
+            with reading(where, f"has {', '.join(map(str, row)) or 'nothing'}; {LAYOUTS}"):
                 texts = read_row(row)
                 form, parts = write_row(settings, tokenizer, *texts)
                 ids = encode_row(settings, tokenizer, form, parts, counts) if tokenizer else None
@@ -1330,7 +1341,7 @@ def read_pairs(settings: "Settings", tokenizer: Tokenizer | None = None) -> tupl
     for what, times in (+counts).items():  # + leaves out those that are 0
         print(f"  {what}: {times}")
     if not forms:
-        _, row = next(read_rows(settings))
+        _, row = next(read_rows(settings), ("", {}))
         raise UserError(f"--data {settings.data}: all rows, of {', '.join(row)}, were dropped as counted; {LAYOUTS}")
     for side, use in ((train, "train on; lower"), (test, "test on; raise")):
         if not len(side):
@@ -1688,7 +1699,8 @@ def run_command(main: Callable) -> None:
         print("stopped", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        advice = next((what for said, what in REMEDIES.items() if re.search(said, repr(error))), None)
+        cause = error.__cause__ if isinstance(error, UserError) else error  # not what a judge's server says
+        advice = next((what for said, what in REMEDIES.items() if re.search(said, repr(cause))), None)
         if not advice and not isinstance(error, (UserError, OSError)):  # OSError: a disk that fills up on the way, say
             raise
         if advice or first:  # memory may run out in one process alone
@@ -1756,6 +1768,8 @@ class Training:
         self.step, self.steps, self.stopping, self.shown = 0, count_steps(settings, examples), False, ()
         path = Path(settings.out) / settings.save
         self.log_path, self.state_path = path.with_suffix(".jsonl"), path.with_suffix(".state.pt")
+        if settings.save in {*settings.read, "pairs.pt", "test.pt"}:
+            raise UserError(f"--save {settings.save}: this run reads it, or writes pairs to it; choose another name")
         names = [field.name for field in dataclasses.fields(settings)]
         flags = [name for name in names if name not in ("out", "resume", "save_every")]  # that a result depends on
         self.made_from = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in flags} | settings.read
@@ -1921,9 +1935,12 @@ class Settings(TrainingSettings):
         read, onward = ("sft.pt", self.init, self.data, self.extrapolate), self.extrapolate or self.data.endswith(".pt")
         if onward and (self.save in read or not str(self.init).endswith(".pt")):
             raise UserError("--extrapolate, or a pairs file as --data, needs a checkpoint as --init and another --save")
-        for name in ("vocabulary", "dim", "layers", "heads", "kv_heads"):
-            if self.init and getattr(self, name) != getattr(Settings, name):
-                raise UserError(f"--{name.replace('_', '-')}: the shape of --init {self.init} is given")
+        shape = ("vocabulary", "dim", "layers", "heads", "kv_heads") if self.init else ()
+        reading = "limit", "test_share", "control_tokens", "context", "max_response"
+        for name in (reading if self.data.endswith(".pt") else ()) + shape:
+            if getattr(self, name) != getattr(Settings, name):
+                given = f"shape of --init {self.init}" if name in shape else f"form of --data {self.data}"
+                raise UserError(f"--{name.replace('_', '-')}: the {given} is given")
 
 
 def extrapolate(settings: Settings, policy: GPT, tokenizer: Tokenizer) -> None:
@@ -1997,7 +2014,7 @@ def main() -> None:
         with torch.no_grad():
             total = sum(policy.logprobs(batch)[0].sum() for batch in pack(documents, device, settings.pass_tokens))
         loss = -summed(total).item() / test.lengths[:, 1].sum().item()
-        print(f"test loss {loss:.3f} nats a token (perplexity {math.exp(loss):.2f})")
+        print(f"test loss {loss:.3f} nats a token (perplexity {math.exp(min(loss, 700)):.2f})")
     finish(settings, ["save"], "python reward.py", "--init {} --save NAME.pt")
 
 

@@ -32,8 +32,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 ROWS = "--limit 120 --context 320 --max-response 160"
 CHAIN = {  # command: flags that make it quick
     "model": f"{ROWS} --vocabulary 300 --dim 32 --layers 1 --heads 2 --kv-heads 1 --steps 6 --batch-size 8 --lr 1e-2",
-    "reward": "--steps 6 --batch-size 8",
-    "split": "",
+    "reward": "--steps 6 --batch-size 8", "split": "",
     "dpo": "--steps 6 --batch-size 8 --lr 1e-3",
     "ppo": "--steps 6 --batch-size 4 --minibatch-size 2 --max-new-tokens 8",
     "evaluate": "--prompts 6 --max-new-tokens 8 --samples 1",
@@ -290,7 +289,7 @@ def test_results_are_saved_before_they_are_printed(out, toy, command, prints, ca
 
 @pytest.mark.parametrize("action, remedy", [
     (lambda: torch.empty(2**60, device="cpu"), "out of memory; lower --pass-tokens"),
-    (lambda: bytearray(2**60), "out of memory"),
+    (lambda: bytearray(2**60), "out of memory"), (Mock(side_effect=model.UserError("A: out of memory")), "A: out of"),
     (Mock(side_effect=RuntimeError("CUDA error: out of memory")), "out of memory"),
     (Mock(side_effect=RuntimeError("No working C++ compiler found in x")), "no C++ compiler; install one"),
 ])
@@ -424,10 +423,11 @@ def test_a_bare_name_is_looked_up_in_out_then_here_and_one_with_a_slash_is_a_pat
     "model --label-temperature 1 --data hh", "ppo --temperature 0", "ppo --gamma 1.1", "ppo --max-new-tokens 0",
     "ppo --max-new-tokens 320", "evaluate --policies", "evaluate --judge http://localhost", "evaluate --export sft.pt",
     "evaluate --judge-model m", "dpo --self-weight 1 --loss ipo", "dpo --self-weight 1 --loss linear",
-    "dpo --label-smoothing 0.1 --loss linear", "split --answers 3", "split --chosen labelled",
-    "split --temperature 0.5", "split --max-new-tokens 9", "split --answers 1 --policy sft.pt",
+    "dpo --label-smoothing 0.1 --loss linear", "split --answers 3", "split --chosen labelled", "model --save pairs.pt",
+    "split --temperature 0.5", "split --max-new-tokens 9", "split --answers 1 --policy sft.pt", "dpo --save sft.pt",
     "model --save a.pt --data easy.pt", "model --save a.pt --extrapolate dpo.pt",
     "model --save sft.pt --data easy.pt --init dpo.pt", "model --save dpo.pt --extrapolate sft.pt --init dpo.pt",
+    "model --limit 9 --save a.pt --data easy.pt --init sft.pt",
 ])
 def test_a_wrong_flag_is_named(out, monkeypatch, flags):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

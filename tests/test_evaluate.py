@@ -338,14 +338,14 @@ def test_a_judge_of_length_gives_the_known_win_rates(asking, tmp_path):
         assert "secret" not in text and text.index("Human: ") < text.index("<A>") < text.index("<B>")
     asking.judge_model, asking.verdict = "mute", lambda text: None if f"<B>\n{MINE[0]}" in text else longer(text)
     rows = judged(asking)
-    assert len(asking.questions) == 19 + 19 and (tmp_path / "judge.jsonl").read_text().count("\n") == 19 + 17
+    assert len(asking.questions) == 19 + 19 and (tmp_path / "verdicts.jsonl").read_text().count("\n") == 19 + 17
     for versus in ("chosen of mine", "sft of mine"):
         assert (rows[versus]["win_rate"], rows[versus]["no_verdict"]) == (0.5, 0.25)
 
 
 def test_the_cost_is_said_first_and_every_verdict_kept_at_once_and_not_asked_for_again(asking, capsys, tmp_path):
     """Where half of the file's last line is lost, that question alone is asked again."""
-    seen, path = [], tmp_path / "judge.jsonl"  # what was printed, and what the file held, at each question
+    seen, path = [], tmp_path / "verdicts.jsonl"  # what was printed, and what the file held, at each question
     asking.verdict = lambda _: seen.append([capsys.readouterr().out, path.read_text()]) or time.sleep(0.002) or "A"
     asking.judge_parallel, asking.judge_price = 1, 2.5
     first, kept, tokens = judged(asking), path.read_bytes(), sum(map(len, asking.questions)) / 4

@@ -511,7 +511,7 @@ def made_by_hand(tokenizer, row, room, max_response):
         parts = [side.rpartition(TURN) for side in sides]
         first, second = (head + turn for head, turn, _ in parts)
         texts = [first, *(part[2] for part in parts)]
-    elif all(side.startswith(prompt) for side in sides):
+    elif len(prompt.split()) > 3 and all(side.startswith(prompt) for side in sides):
         texts = [prompt, *(side[len(prompt) :] for side in sides)]
     (prompt, *ids), words = map(tokenizer.encode, texts), [text.strip() for text in texts[1:]]
     for broken, rule in (
@@ -557,16 +557,15 @@ def test_hostile_rows_become_pairs_or_are_counted(tokenizer, max_response, room,
 
 def test_files_of_a_folder_give_their_rows_in_order(tmp_path, monkeypatch):
     expected = []
-    (tmp_path / "deep" / "er").mkdir(parents=True)
+    for folder in ("deep/er", "empty", "zipped", "out"):
+        (tmp_path / folder).mkdir(parents=True)
     names = "-x.jsonl", "a b.json", "c.parquet", "d.jsonl.gz", "deep/er/x.jsonl", "deep/x.parquet", "naïve %s 漢.json"
     for path in (tmp_path / name for name in names if pyarrow or not name.endswith(".parquet")):
         rows = [{"prompt": f"{path.name} {number}", "chosen": "é\n漢🙂", "rejected": "2"} for number in range(3)]
         path.write_bytes(data_of(path.name[path.name.index(".") :], *rows))
         expected += [(f"{path} row {number}", row) for number, row in enumerate(rows, 1)]
-    for name in ("README.md", "dataset_info.json", "deep/LICENSE", ".gitattributes", ".hidden.jsonl"):
+    for name in ("README.md", "dataset_info.json", "deep/LICENSE", ".hidden.jsonl", "out/x.jsonl"):
         (tmp_path / name).write_text("no rows")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "zipped").mkdir()
     (tmp_path / "zipped" / "rows.zip").write_bytes(b"PK")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "deep" / "-x").write_bytes(TABLE if pyarrow else GOOD)
@@ -592,7 +591,7 @@ ALIKE = {"prompt": ASKED, "chosen": " a", "rejected": " b"}
 
 def says(*texts, who=("role", "content"), roles=("user", "assistant")):
     """Messages of a user and an assistant in turn."""
-    return [{who[0]: roles[number % 2], who[1]: text, "more": None} for number, text in enumerate(texts)]
+    return [{"content": None, who[0]: roles[number % 2], who[1]: text} for number, text in enumerate(texts)]
 
 
 SHARED = {"who": ("from", "value"), "roles": ("human", "gpt")}
@@ -606,10 +605,10 @@ SAME_PAIR = [  # rows of many data sets that all mean ALIKE
     {"conversations": says("q", **SHARED), "chosen": {"from": "gpt", "value": "a"}, "rejected": "b"},
     {"system": "", "question": "q", "input": " ", "chosen": "a", "rejected": "b"},
     {"instruction": "q", "preferred_output": "a", "non_preferred_output": "b"},
-    {"input": "q", "system": None, "chosen_response": "a", "rejected_response": "b"},
+    {"input": "q", "system": None, "summaries": None, "chosen_response": "a", "rejected_response": "b"},
     {"prompt": "q", "conversations": None, "system": "", "chosen": "a", "rejected": "b"},
     *({"prompt": prompt, "chosen": ASKED + " a", "rejected": ASKED + " b"} for prompt in (None, "", ASKED, "q")),
-    {side: text.replace("\n", "\r\n") for side, text in ALIKE.items()},
+    {"system": None, "input": 3} | {side: text.replace("\n", "\r\n") for side, text in ALIKE.items()},
     {side: (ASKED + text).replace("\n", "\r\n") for side, text in zip(("chosen", "rejected"), ANSWERS, strict=True)},
 ]
 RIGHT_FILES = [
@@ -619,10 +618,10 @@ RIGHT_FILES = [
     (data_of(".jsonl", {"system": "s", "instruction": "q", "input": "r", "chosen": "a", "rejected": "b"},
              {"prompt": SYSTEM, "chosen": says("q", "c", "r", "a"), "rejected": SYSTEM + says("q", "c", "r", "b")},
              {"prompt": says("q", "c"), "chosen": SAYS_A, "rejected": SAYS_B},
-             {"prompt": "qq", "chosen": "qq a", "rejected": "qq b"},
-             {"prompt": "qq", "chosen": "qq a", "rejected": "b"}),
+             {"prompt": "q q q q", "chosen": "q q q q a", "rejected": "q q q q b"},
+             {"prompt": "q q q", "chosen": "q q q a", "rejected": "q q q b"}),
      [("s\n\nHuman: q\n\nr" + TURN, *ANSWERS), (f"s\n\nHuman: q{TURN} c\n\nHuman: r{TURN}", *ANSWERS),
-      (f"{ASKED} c{TURN}", *ANSWERS), ("qq", *ANSWERS), ("qq", "qq a", "b")]),
+      (f"{ASKED} c{TURN}", *ANSWERS), ("q q q q", *ANSWERS), ("q q q", "q q q a", "q q q b")]),
     (data_of(".jsonl", TALK, PLAIN, COMPARISON, OTHER), [
         ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", " chosen", " rejected"), TEXTS,
         ("SUBREDDIT: r/tifu\n\nTITLE: So\n\nPOST: I did it.\n\nTL;DR:", " 1", " 0"),
@@ -641,7 +640,7 @@ BAD_LINES = [b'{"chosen": "a", "rejected": "\xff"}', b'{"chosen": "a\x01", "reje
 BAD_ROWS = [{}, {"chosen": "a"}, {"rejected": "a"}, {"chosen": 3, "rejected": "a"}, PLAIN | {"prompt": 1}, ["a"],
             PLAIN | {"rejected": ["b"]}, dict.fromkeys(PLAIN, 1), {side: ["a"] for side in PLAIN}, {"data": [3]},
             *(ALIKE | {"chosen": [message]} for message in ({"role": "assistant", "text": "a"}, {"content": "a"})),
-            *(COMPARISON | {name: bad} for name, bad in (("choice", 2), ("info", None), ("summaries", [])))]
+            *(COMPARISON | {name: bad} for name, bad in (("choice", 2), ("info", None), ("summaries", []))), [[[1, 2]]]]
 BINARY = data_of(".parquet", dict.fromkeys(PLAIN, b"a"))
 BAD_FILES = [
     *((ending, data, " row 1: ") for ending in (".jsonl", ".json", ".parquet") for data in RUBBISH),
@@ -690,6 +689,7 @@ DROPPED = {
     "a human's turn inside the response": [
         TALK | {side: text + "\r\n\r\nHuman: d" for side, text in TALK.items()}, PLAIN | {"chosen": "c\n\nHuman: d"},
         {"chosen": says("q", "a", "r"), "rejected": says("q", "b", "r")}],
+    "a role that a dialogue lacks": [{"prompt": {"role": "tool", "content": "q"}, "chosen": "a", "rejected": "b"}],
     "prompts differ between the sides": [{"chosen": says("q", "a"), "rejected": says("r", "b")}],
     model.NO_PROMPT: [{"chosen": SAYS_A, "rejected": SAYS_B}, {"chosen": "a", "rejected": "b"}],
 }

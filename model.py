@@ -1699,8 +1699,8 @@ def run_command(main: Callable) -> None:
         print("stopped", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        cause = error.__cause__ if isinstance(error, UserError) else error  # not what a judge's server says
-        advice = next((what for said, what in REMEDIES.items() if re.search(said, repr(cause))), None)
+        said = repr(error.__cause__ if isinstance(error, UserError) else error)  # not what a judge's server says
+        advice = next((remedy for pattern, remedy in REMEDIES.items() if re.search(pattern, said)), None)
         if not advice and not isinstance(error, (UserError, OSError)):  # OSError: a disk that fills up on the way, say
             raise
         if advice or first:  # memory may run out in one process alone

@@ -1212,8 +1212,8 @@ def list_messages(given, role: str) -> list[dict[str, str]]:
     messages = []
     for message in [given] if isinstance(given, dict) else given or []:
         said = (message.get("role") or message["from"]).lower()
-        content = message.get("content")
-        content = (message["value"] if content is None and "value" in message else message["content"]) or ""
+        name = "value" if message.get("content") is None and "value" in message else "content"
+        content = message[name] or ""
         content = content if isinstance(content, str) else "".join(part["text"] for part in content)
         messages.append({"role": ROLES.get(said, said), "content": content})
     return messages
@@ -1228,7 +1228,7 @@ def chat_template(text: str):
     def refuse(why: str) -> NoReturn:
         raise DroppedRow(f"the chat template refuses it: {why}")
 
-    # transformers marks what an assistant says by {% generation %}: shown always.
+    # {% generation %} marks what an assistant says, for transformers; here it is shown in any case.
     text = re.sub(r"(\{%[-+]?\s*)(end)?generation\b", lambda tag: tag[1] + ("endif" if tag[2] else "if true"), text)
     jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     jinja.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)

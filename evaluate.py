@@ -5,8 +5,7 @@ from SFT (mean over answers of Σ log π(token) − log π_SFT(token), in nats),
 another win rates, by gold reward or, where there is none, by the reward; a tie counts ½. They are against the chosen
 responses, against SFT's answers (plain, and as if both were equally long) and against the last policy's. ± is a
 standard error; brackets hold 95% intervals, Student's for means, Wilson's for shares. Real text has no gold reward, and
-PPO was trained on the reward model: there --judge asks another language model, in both orders, since judges favour a
-place.
+PPO was trained on the reward model: there --judge asks a language model, in both orders, as judges favour a position.
 
     python evaluate.py --policies sft.pt dpo_all.pt ppo_all.pt ppo.pt   # the default: sft.pt dpo.pt ppo.pt
     python evaluate.py --figure                                         # and a picture of the run
@@ -53,7 +52,7 @@ class Settings(CommonSettings):
     """Flags of this stage."""
 
     data: str = flag("test.pt", "pairs whose prompts are answered")
-    policies: list[str] = flag(["sft.pt", "dpo.pt", "ppo.pt"], "checkpoints to compare", nargs="+")
+    policies: tuple[str, ...] = flag(("sft.pt", "dpo.pt", "ppo.pt"), "checkpoints to compare", nargs="+")
     sft: str = flag("sft.pt", "policy from which KL is measured and against which wins are counted")
     reward: str = flag("reward.pt", "reward model")
     save: str = flag("evaluation.json", "file for the numbers")
@@ -74,8 +73,9 @@ class Settings(CommonSettings):
         super().__post_init__()
         if self.figure and importlib.util.find_spec("matplotlib") is None:
             raise UserError("--figure needs one more package: pip install matplotlib")
-        if (self.judge is None) != (self.judge_model is None) or (self.judge is not None and processes()[1] > 1):
-            raise UserError("--judge URL goes with --judge-model NAME, and without torchrun: every process would ask")
+        alone = self.judge is not None or self.prompt == ""  # under torchrun every process would ask
+        if (self.judge is None) != (self.judge_model is None) or (alone and processes()[1] > 1):
+            raise UserError("--judge URL goes with --judge-model NAME; like --prompt without a text, not with torchrun")
 
 
 @torch.no_grad()
@@ -129,9 +129,11 @@ def length_controlled(won: Tensor, longer: Tensor) -> Tensor:
     all answers were as long as their opponents', σ(a) of the regression P(win) = σ(a + b tanh(longer / its deviation)).
     won [n], a tie ½; longer [n], by how much, in any unit. Returns a column [n] with the rate as its mean: n times what
     each prompt moves it by is added, for the standard error."""
-    if len(longer.unique()) < 2:  # nothing to control for
+    if not longer.any():  # nothing to control for
         return won
     inputs = torch.stack((torch.ones_like(longer), (longer / longer.std()).tanh()), 1).double()  # [n, 2]
+    if not inputs[:, 1].max() - inputs[:, 1].min() > 0.1:  # all longer alike, or shorter: nothing tells what if not
+        return won[:0]
     weights = torch.zeros(2, dtype=torch.float64)  # a, b
     for _ in range(30):  # Newton's method
         share = (inputs @ weights).sigmoid()  # [n]
@@ -162,35 +164,27 @@ def table(summaries: dict[str, dict[str, float | None]], keys: list[str]) -> str
     return aligned(rows)
 
 
-def reply(settings: Settings, policy: GPT, tokenizer: Tokenizer, prompt: Tensor, turn: int) -> None:
-    """Prints the answer to `prompt`, [L], as it comes."""
-    ids, seed = [], mixed_seed(settings.seed, turn)
-
-    def show(tokens: Tensor) -> None:  # a character's first bytes, decoded as U+FFFD, wait for its last
-        before = tokenizer.decode(ids).rstrip("\ufffd")
-        ids.extend(tokens.tolist())
-        print(tokenizer.decode(ids).rstrip("\ufffd")[len(before) :], end="", flush=True)
-
-    generate(policy, [prompt], tokenizer.end, settings.max_new_tokens, settings.temperature, seed, watch=show)
-    print("" if tokenizer.decode(ids).strip() else "(nothing)")
+def reply(settings: Settings, policy: GPT, tokenizer: Tokenizer, form: str, question: str, turn: int) -> str:
+    """The policy's answer to a question, which is put in that form."""
+    prompt, seed = ask_in_form(tokenizer, form, question), mixed_seed(settings.seed, turn)
+    (response,) = generate(policy, [prompt], tokenizer.end, settings.max_new_tokens, settings.temperature, seed)
+    return tokenizer.decode(response).strip() or "(nothing)"
 
 
 def talk(settings: Settings) -> None:
-    """Prints every policy's answer to --prompt; without a text, one policy's to each line typed, till end of input. A
-    question is put in the form that the prompts of --data have."""
-    form = load_pairs(settings, settings.data).form
+    """Prints every policy's answer to --prompt; without a text, one policy's to each line typed, till end of input."""
+    form = load_pairs(settings, settings.data).form  # of most prompts
     for name in settings.policies if settings.prompt else [settings.model]:
         policy, tokenizer = load_model(settings, name, GPT)
         settle(settings, policy.config.pretrained)
         title = TITLES.get(name.removesuffix(".pt"), name.removesuffix(".pt"))
         if settings.prompt:
-            print(f"{title:12s}", end=" ")
-            reply(settings, policy, tokenizer, ask_in_form(tokenizer, form, settings.prompt), 0)
+            print(f"{title:12s} {reply(settings, policy, tokenizer, form, settings.prompt, 0)}")
             continue
         print(f"{title} answers what you type; Ctrl-D ends", file=sys.stderr)
         for turn, line in enumerate(filter(str.strip, sys.stdin)):
             try:
-                reply(settings, policy, tokenizer, ask_in_form(tokenizer, form, line.rstrip("\n")), turn)
+                print(reply(settings, policy, tokenizer, form, line.rstrip("\n"), turn), flush=True)
             except UserError as error:  # too long for the context
                 print(error, file=sys.stderr)
 
@@ -206,6 +200,10 @@ Say in one sentence what decides. Then close with one of these on a line:\nVerdi
 JUDGE_RETRIES, JUDGE_BACKOFF, JUDGE_TIMEOUT = 5, 1.0, 120.0  # attempts after the first; seconds, doubling; seconds
 POINTS = {"A": 1.0, "TIE": 0.5, "B": 0.0, None: math.nan}  # of the response shown first
 VERDICT = re.compile(r"^[ *_`]*verdict:[ *_`]*(a|b|tie)[ *_`.]*\s*\Z", re.IGNORECASE | re.MULTILINE)
+
+
+class Refused(UserError):
+    """The judge's server does not take this question: it is too long, or a filter objects to it."""
 
 
 def ask(settings: Settings, question: str) -> str | None:
@@ -229,10 +227,11 @@ def ask(settings: Settings, question: str) -> str | None:
                 match = VERDICT.search(response.json()["choices"][0]["message"]["content"] or "")
                 return match[1].upper() if match else None
             problem = f"{response.status_code} {response.reason}: {' '.join(response.text.split())[:300]}"
+            kind = Refused if response.status_code in (400, 413, 422) else UserError
         except (requests.RequestException, ValueError, LookupError, TypeError) as error:  # or no chat completion
-            problem = f"{type(error).__name__}: {error}"
+            problem, kind = f"{type(error).__name__}: {error}", UserError
     problem = problem.replace(key, "(the key)") if key else problem
-    raise UserError(f"--judge {url}: {problem} (check URL, --judge-model and OPENAI_API_KEY)")
+    raise kind(f"--judge {url}: {problem} (check URL, --judge-model and OPENAI_API_KEY)")
 
 
 def tally(points: Tensor, longer: Tensor) -> dict[str, Tensor]:
@@ -253,16 +252,18 @@ def judge(settings: Settings, prompts: list[str], answers: dict, opponents: dict
     verdicts to the summaries, and returns them as a table. Each goes to OUT/verdicts.jsonl as it comes, and is not
     asked for again; a reply without a verdict is, but by the next run only."""
     path, model, asked, verdicts, rows = Path(settings.out) / "verdicts.jsonl", settings.judge_model, {}, {}, {}
+    same = {}  # questions about the same text twice
     for name, (ours, _) in answers.items():
         for opponent, (theirs, _) in opponents.items():
             if theirs is not ours:  # in both orders
-                asked[name, opponent] = [QUESTION.format(*texts) for texts in zip(prompts, ours, theirs, strict=True)]
-                asked[name, opponent] += [QUESTION.format(*texts) for texts in zip(prompts, theirs, ours, strict=True)]
+                texts = list(zip(2 * prompts, ours + theirs, theirs + ours, strict=True))
+                asked[name, opponent] = [QUESTION.format(*one) for one in texts]
+                same |= {QUESTION.format(*one): "TIE" for one in texts if one[1] == one[2]}
     for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):  # half a line, after a crash
             row = json.loads(line)
             verdicts |= {row["question"]: row["verdict"]} if row["model"] == model else {}
-    questions, price = set().union(*asked.values()), settings.judge_price
+    questions, price = set().union(*asked.values()) - same.keys(), settings.judge_price
     missing = sorted(questions - verdicts.keys())
     tokens = sum(map(len, missing)) / 4
     cost = "price not known (--judge-price)" if price is None else f"${tokens * price / 1e6:.2f} without the replies"
@@ -270,13 +271,19 @@ def judge(settings: Settings, prompts: list[str], answers: dict, opponents: dict
           f"{tokens:,.0f} input tokens (4 characters each), {cost}; after Ctrl-C the same command asks for the rest")
 
     def work(question: str) -> None:
-        verdicts[question] = verdict = ask(settings, question)
+        try:
+            verdicts[question] = verdict = ask(settings, question)
+        except Refused:  # no verdict; but where there was none yet, it may be the request that is wrong
+            if not any(map(verdicts.get, questions)):
+                raise
+            verdicts[question] = verdict = None
         if verdict is not None:  # unbuffered: on the disk at once, and no lines mix
             file.write(json.dumps({"model": model, "verdict": verdict, "question": question}).encode() + b"\n")
 
     with path.open("ab", buffering=0) as file:
         file.write(b"" if path.read_bytes()[-1:] in (b"", b"\n") else b"\n")  # ends half a line
         thread_map(work, missing, max_workers=settings.judge_parallel, desc="judging", unit="request")
+    verdicts |= same
     for (name, opponent), questions in asked.items():
         points = torch.tensor([POINTS[verdicts[question]] for question in questions]).view(2, -1)
         row = summarise(tally(points, answers[name][1]["length"] - opponents[opponent][1]["length"]))
@@ -300,7 +307,7 @@ def draw(settings: Settings, parts: list[Pairs], test_rewards: Tensor, summaries
     labels = [f"{name}: {len(group)}" for name, group in groups.items()]
     gaps.hist([group.numpy() for group in groups.values()], bins=48, stacked=True, label=labels)
     if easy.min() > hard.max():  # else it was not the signed gap that split them
-        gaps.axvline(easy.min(), color="black", linestyle="--", label=f"γ = {easy.min():.2f}")
+        gaps.axvline(easy.min(), color="black", linestyle="--", label=f"easy from {easy.min():.2f}")
     gaps.set(xlabel="reward gap, chosen − rejected", ylabel="training pairs")
     for predicted, observed, count in calibration(test_rewards):
         spread = [[abs(end - observed)] for end in wilson_interval(observed, count)]
@@ -380,7 +387,7 @@ def export_model(path: Path, folder: Path) -> None:
 
 def main() -> None:
     """Lets every policy answer the test prompts, and compares; or exports a model; or answers the user."""
-    # 1. Settings; what is no comparison ends here.
+    # 1. Settings; --export and --prompt end here.
     settings = parse_settings(Settings, __doc__)
     if settings.export is not None:
         return export_model(find_file(settings, settings.export[0]), Path(settings.export[1]))

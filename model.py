@@ -73,8 +73,6 @@ def flag(default, text: str, *, least=-math.inf, above=-math.inf, most=sys.float
     pretrained models want another default, the field is None until `settle` knows the model."""
     about = {"default": default, "pretrained": pretrained, "help": text, "options": options}
     about |= {"least": least, "above": above, "most": most}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=default.copy, metadata=about)
     return dataclasses.field(default=default if pretrained is None else None, metadata=about)
 
 
@@ -91,6 +89,9 @@ class CommonSettings:
     def __post_init__(self):
         self.origin = None  # (id of the data that all files of a run go back to, the file that named it first)
         self.read = {}  # what `load` has read: name → id of what made it
+        name, ending = getattr(self, "save", ""), Path(getattr(type(self), "save", "")).suffix  # the default's
+        if not name.endswith(ending) or "/" in name:
+            raise UserError(f"--save {name}: the name of what is written ends in {ending}; its folder is --out")
         for field in dataclasses.fields(self):
             value, about = getattr(self, field.name), field.metadata
             number = type(value) in (int, float)
@@ -119,9 +120,7 @@ def parse_settings(settings_class, description: str):
         text = about["help"] + ("" if about["default"] is None else f" [{about['default']}{other}]")
         options |= {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
         parser.add_argument("--" + field.name.replace("_", "-"), **options | about["options"])
-    # A number may begin with a space, but not with "-": argparse takes -1e-1 for a flag.
-    words = [f" {word}" if re.match(r"-(\.?\d|inf|nan)", word, re.IGNORECASE) else word for word in sys.argv[1:]]
-    return settings_class(**vars(parser.parse_args(words)))
+    return settings_class(**vars(parser.parse_args()))
 
 
 def settle(settings, pretrained: bool) -> None:
@@ -199,7 +198,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
         pieces = [(q[rows], k[rows, :, : seen.shape[-1]], v[rows, :, : seen.shape[-1]], seen) for rows, seen in mask]
     else:
         sizes, masks = [size for size, _ in mask], [seen for _, seen in mask]
-        pieces = zip(*(part[None].split(sizes, 2) for part in (q, k, v)), masks, strict=True)  # one for each document
+        pieces = zip(q[None].split(sizes, 2), k[None].split(sizes, 2), v[None].split(sizes, 2), masks, strict=True)
     with torch.autocast(q.device.type, enabled=False):  # q, k and v have the dtype that suits the device already
         mixed = [
             F.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=seen is None, enable_gqa=True)
@@ -252,16 +251,13 @@ class Attention(nn.Module):
         self.split, self.head_dim = (config.heads, config.kv_heads, config.kv_heads), config.head_dim
         self.qkv = Linear(config.dim, sum(self.split) * config.head_dim, bias=config.family == "qwen2")
         self.output = Linear(config.heads * config.head_dim, config.dim, bias=False)
-        if config.family == "qwen3":
-            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.family == "qwen3" else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.family == "qwen3" else nn.Identity()
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask, extend: Callable | None = None) -> Tensor:
         heads = self.qkv(x).unflatten(1, (-1, self.head_dim)).transpose(0, 1)  # (heads + 2 kv_heads, L, head_dim)
         q, k, v = heads.split(self.split)
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k = rotate(self.q_norm(q), *rotary), rotate(self.k_norm(k), *rotary)
         if v.dtype == torch.bfloat16 and not v.is_cuda:
             v = v.float()  # in bf16 a CPU's attention takes as long forward and twice as long back
         q, k = q.to(v.dtype), k.to(v.dtype)
@@ -624,14 +620,13 @@ def require_room(config: Config, prompts: Iterable[Tensor], max_new_tokens: int)
 
 @torch.no_grad()
 def generate(
-    model: GPT, prompts: list[Tensor], end: int, max_new_tokens: int, temperature: float = 1.0, seed: int = 0,
-    watch: Callable[[Tensor], None] | None = None,
+    model: GPT, prompts: list[Tensor], end: int, max_new_tokens: int, temperature: float = 1.0, seed: int = 0
 ) -> list[Tensor]:
     """Samples one response to each prompt from the full softmax; `end` stops a response and is kept in it.
 
     prompts: tensors of token ids. Returns tensors of 1 to max_new_tokens ids on the CPU. A response depends on its
-    prompt, its place in the list, max_new_tokens and the seed, not on what it is batched with. `watch` is called at
-    each step with the new tokens. Raises UserError if prompt and response could outgrow the model's context.
+    prompt, its place in the list, max_new_tokens and the seed, not on what it is batched with. Raises UserError if
+    prompt and response could outgrow the model's context.
     """
     require_room(model.config, prompts, max_new_tokens)
     noise = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
@@ -640,7 +635,7 @@ def generate(
     tokens, copy = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long), unsharded_copy(model)
     for start in range(0, len(by_length), 256):
         some = by_length[start : start + 256]
-        tokens[some] = decode(copy, [prompts[index] for index in some], noise[some], end, temperature, watch)
+        tokens[some] = decode(copy, [prompts[index] for index in some], noise[some], end, temperature)
     return [row[: int((row != end).sum()) + 1] for row in summed(tokens)]
 
 
@@ -659,7 +654,7 @@ def unsharded_copy(model: GPT) -> GPT:
     return copy
 
 
-def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperature: float, watch=None) -> Tensor:
+def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperature: float) -> Tensor:
     """Token ids [S, max_new_tokens] sampled with a key-value cache, `prompts` in falling order of their lengths; a row
     is `end` from its first `end` on."""
     device, (count, steps) = model.embedding.weight.device, noise.shape
@@ -681,9 +676,7 @@ def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperatu
         result[live, column] = drawn
 
     for step in range(1, steps + 1):
-        if watch:
-            watch(drawn)
-        if watch or step % 8 == 0 or step == steps:  # now and then, the finished leave the batch
+        if step % 8 == 0 or step == steps:  # now and then, the finished leave the batch
             going = drawn != end  # (S)
             if step == steps or not going.any():
                 return result.cpu()
@@ -797,20 +790,14 @@ def cut(pattern: re.Pattern | regex.Pattern, pieces: list[str]) -> list[str]:
     return [part for part in parts if part]
 
 
-def steps_of(part: dict | None) -> list[dict]:
-    """The steps of a tokenizer.json's normaliser, pre-tokenizer or post-processor, which may be a sequence of such."""
-    if part is None or part["type"] != "Sequence":
-        return [part] if part else []
-    (parts,) = (value for value in part.values() if isinstance(value, list))
-    return list(itertools.chain.from_iterable(map(steps_of, parts)))
-
-
 def read_steps(given: dict) -> tuple[str | None, list[regex.Pattern], list[int]]:
     """What a tokenizer.json does to a text: the Unicode form, such as NFC, into which it is brought, if any; patterns
     that cut it into words, one after the other; ids that are set before it, such as Llama 3's begin-of-text."""
     form, patterns, begin = None, [], []
-    for kind in ("normalizer", "pre_tokenizer", "post_processor"):
-        steps = steps_of(given.get(kind)) or [None]
+    sequences = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_processor": "processors"}
+    for kind, several in sequences.items():
+        part = given.get(kind)
+        steps = (part.get(several, [part]) if part else []) or [None]
         for step in steps:
             match kind, step:
                 case "normalizer", {"type": "NFC" | "NFD" | "NFKC" | "NFKD"} if len(steps) == 1:
@@ -1490,8 +1477,8 @@ def compile_blocks(gpt: GPT, device: torch.device) -> None:
     """Compiles the blocks of a model for CUDA, if it is to be compiled; on a CPU, a block's graph would depend on the
     documents' lengths."""
     if gpt.compiled and device.type == "cuda":
-        torch._dynamo.config.recompile_limit = 32  # variants: with gradients or not, one a model
-        torch._dynamo.config.fail_on_recompile_limit_hit = True  # or FlexAttention would go on uncompiled, L² in memory
+        torch.compiler.config.recompile_limit = 32  # variants: with gradients or not, one a model
+        torch.compiler.config.fail_on_recompile_limit_hit = True  # else FlexAttention runs uncompiled, L² in memory
         for block in gpt.blocks:
             block.compile(dynamic=True)
 
@@ -1727,11 +1714,6 @@ class TrainingSettings(CommonSettings):
     clip: float = flag(1.0, "gradient norm is clipped to this", above=0)
     pass_tokens: int | None = flag(None, "tokens in a forward pass; fewer, less memory [4096; cuda: 32768]", least=1)
     grad_checkpoint: bool = flag(False, "keep one activation a block, compute the rest again: less memory, more time")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.save.endswith(".pt") or "/" in self.save:
-            raise UserError(f"--save {self.save}: the name of a checkpoint ends in .pt; its folder is --out")
 
 
 def mixed_seed(seed: int, number: int) -> int:

@@ -10,16 +10,16 @@ Three ways of doing one work, on the same weights, token ids, batches, optimiser
 
     ours    the stage's own main
     plain   padded batches in which each response carries its own prompt, whole logits, a second model as the reference,
-            generation with a padded cache; written here
-    trl     TRL's trainers and transformers' generate, where they are installed: trl 1.11 is the last one with PPO;
+            generation with a padded cache; written here, never compiled
+    trl     TRL's trainers and transformers' generate, where they are installed: trl 1.11 has PPO, 1.13 has not;
             for the kernel, torch's linear_cross_entropy, chunked
 
-Every measurement is a process of its own, which on a GPU does the work twice: to compile, and to be measured. tokens/s
-counts a shared prompt once, in PPO and generation the new tokens only. TFLOP/s counts what no way can do without
-(backward as twice forward; no padding, repeated prompt or recomputation), and `share` is its part of what the device
-reaches at a product of large matrices, which the first line of each dtype measures. Memory is the peak beyond the
-libraries: of the process, or of what is allocated on the GPU. Losses show that the same thing is computed. Machines are
-noisy: only ratios within one run count, and each line is the middle of --repeats runs.
+Every measurement is a process of its own, which on a GPU, and of the kernel, does the work twice: to compile, and to be
+measured. tokens/s counts a shared prompt once, in PPO and generation the new tokens only. TFLOP/s counts what no way
+can do without (backward as twice forward; no padding, repeated prompt or recomputation), and `share` is its part of
+what the device reaches at a product of large matrices, which the first line of each dtype measures. Memory is the peak
+beyond the libraries: of the process, or of what is allocated on the GPU. Losses show that the same thing is computed.
+Machines are noisy: only ratios within one run count, and each line is the median of --repeats runs.
 """
 
 import argparse
@@ -29,6 +29,7 @@ import itertools
 import json
 import math
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-import torch._dynamo
+import torch._dynamo  # now, so that it counts as a library
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
@@ -92,6 +93,8 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> None:
         settings = model.Settings(data=arguments.data, limit=4 * count, test_share=0.1)
         settle(settings, pretrained=False)
         lengths = model.read_pairs(settings)[0].lengths[:count]
+        if len(lengths) < count:
+            raise SystemExit(f"--data {arguments.data}: {len(lengths)} pairs are kept, {count} are needed")
     elif arguments.lengths:
         lengths = torch.tensor([arguments.lengths]).repeat(count, 1)
     else:  # drawn: about 94, 31 and 38 tokens on average, a little shorter and more even than HH-RLHF's harmless pairs
@@ -356,7 +359,7 @@ def trl(work: str, folder: Path, arguments: argparse.Namespace) -> dict:
 
 
 def ppo_trainer(work, arguments, rows, tokenizer, common: dict, loaded):
-    """TRL's last PPO trainer (trl 1.11 has it, 1.13 not). Its answers are others than ours: it draws otherwise."""
+    """TRL's last PPO trainer (see above). Its answers differ from ours, since it samples differently."""
     import datasets
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
@@ -444,12 +447,12 @@ def kernel(way: str, folder: Path, arguments: argparse.Namespace) -> dict:
 
 
 def matrix(way: str, folder: Path, arguments: argparse.Namespace) -> dict:
-    """The product of two large matrices; the best of ten."""
+    """The product of two large matrices, the best of ten of each kind: PyTorch's own, and the model's."""
     side, times = MATRIX[arguments.device], []
     one, two = torch.randn(2, side, side, device=arguments.device).to(DTYPES[arguments.dtype])
-    for _ in range(10):
+    for product in [torch.matmul, model.linear] * 10:
         start = clock(arguments)
-        one @ two
+        product(one, two)
         times.append(clock(arguments) - start)
     return {"seconds": min(times), "losses": []}
 
@@ -458,14 +461,28 @@ def matrix(way: str, folder: Path, arguments: argparse.Namespace) -> dict:
 
 
 def peak_mb(arguments: argparse.Namespace) -> float:
-    """The most memory so far: on the GPU, or this process's on Linux (getrusage begins at what the parent had)."""
+    """The most memory so far: on the GPU, or this process's (on Linux getrusage begins at what the parent had)."""
     if arguments.device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
+
+
+def load_libraries(work: str) -> None:
+    """Imports what the other way uses, whose classes load on first sight, so that none of it counts as its memory."""
+    wanted = {"transformers": ["LlamaForCausalLM", "LlamaForSequenceClassification"]}
+    if work != "generate":
+        wanted |= {"datasets": ["Dataset"], "trl": ["SFTTrainer", "RewardTrainer", "DPOTrainer"]}
+    for library, names in wanted.items():
+        for name in names:
+            getattr(importlib.import_module(library), name)
 
 
 def measure(work: str, way: str, folder: Path, arguments: argparse.Namespace) -> dict:
     """One measurement, in this process."""
+    if way == "trl" and work not in ("kernel", "matrix"):
+        load_libraries(work)
     before = peak_mb(arguments)
     alone = {"generate": generation, "kernel": kernel, "matrix": matrix}
     stages = {"ours": ours, "plain": plain_ppo if work == "ppo" else plain, "trl": trl}
@@ -499,7 +516,7 @@ def compare(arguments: argparse.Namespace, flags: list[str]) -> None:
         folder, most = Path(name), math.nan
         prepare(folder, arguments)
         print(f"{arguments.shape}, {device}, torch {torch.__version__}, {arguments.steps} × {arguments.batch_size} "
-              f"pairs, {arguments.prompts} prompts × {arguments.new_tokens} tokens, middle of {arguments.repeats}")
+              f"pairs, {arguments.prompts} prompts × {arguments.new_tokens} tokens, median of {arguments.repeats}")
         print("work     dtype way     seconds  tokens/s  ours is TFLOP/s share   memory  losses")
         for dtype, work in itertools.product(arguments.dtypes, ("matrix", *arguments.work)):
             ways = [way for way in arguments.ways if way != "trl" or work == "kernel" or libraries]
@@ -508,9 +525,13 @@ def compare(arguments: argparse.Namespace, flags: list[str]) -> None:
                 result = in_a_process(work, way, dtype, folder, flags)
                 if result:
                     runs.setdefault(way, []).append(result)
-            middle = {way: sorted(done, key=lambda one: one["seconds"])[len(done) // 2] for way, done in runs.items()}
+            middle = {}
+            for way, done in runs.items():
+                middle[way] = sorted(done, key=lambda one: one["seconds"])[(len(done) - 1) // 2]
+            most = math.nan if work == "matrix" else most
             for way, one in middle.items():
-                rate, ratio = one["operations"] / one["seconds"], one["seconds"] / middle.get("ours", one)["seconds"]
+                rate = one["operations"] / one["seconds"]
+                ratio = one["seconds"] / middle["ours"]["seconds"] if "ours" in middle else math.nan
                 most = rate if work == "matrix" else most
                 losses = " ".join(f"{loss:.4f}" for loss in one["losses"][:3] + one["losses"][3:][-1:])
                 print(f"{work:8s} {dtype:5s} {way:5s} {one['seconds']:9.3f} {one['tokens'] / one['seconds']:9,.0f} "

@@ -47,8 +47,10 @@ BEST = {  # label temperature → tuned method → the choice of GRID that --tun
     2.0: {"DPO on all": (256, 0.1), "DPO on easy": (64, 0.1), "PPO from SFT, all": 0.1, "MPO": 0.2,
           "MPO, random split": 0.1, "PPO from SFT, hard": 0.1, "PPO from DPO on all": 0.1,
           "RLP, labels by gold": 0.1, "MPO, labels by gold": 0.2,
-          "DPO on own answers": (256, 0.3), "SAIL-DP": (256, 0.3), "IRFT, 2 rounds": (64, 0.3), "RFT": 0.2,
-          "AIHF": 0.05, "RLP": 0.3, "PM-RLHF": 0.1, "MPO, DPO on own answers as PPO": (64, 0.3)},
+          "PPO, SFT answers by gold": 0.1, "MPO, SFT answers by gold": 0.2,
+          "DPO on own answers": (256, 0.3), "DPO on own answers, 2 rounds": (64, 0.3), "SAIL-DP": (256, 0.3),
+          "IRFT, 2 rounds": (64, 0.3), "SPIN, 2 rounds": (64, 0.3), "RFT": 0.2, "AIHF": 0.05, "RLP": 0.3,
+          "PM-RLHF": 0.1, "MPO, DPO on own answers as PPO": (64, 0.3)},
     0.0: {"DPO on all": (256, 0.3), "DPO on easy": (64, 0.3), "PPO from SFT, all": 0.3, "MPO": 0.2,
           "MPO, random split": 0.3},
     1.0: {"DPO on all": (256, 0.3), "DPO on easy": (64, 0.1), "PPO from SFT, all": 0.1, "MPO": 0.3,
@@ -76,13 +78,15 @@ def own(policy: str, easy: str, flags: str = "--data pairs.pt") -> str:
 
 
 def methods(best: dict) -> dict[str, list[str]]:
-    """Row → the commands that make its policy, which the last of them saves. best: tuned row → its settings; of a row
-    that it lacks the commands contain None."""
+    """Row → the commands that make its policy, which the last of them saves. best: tuned row → its settings; for a
+    row missing from it, the commands contain None."""
     parts, mpo, start_all = [REWARD, SPLIT], ppo(best["MPO"]), f"{START} --data pairs.pt --save start_all.pt"
     few = "split.py --by {0} --fraction 0.968 --easy rest_{0}.pt --hard few_{0}.pt"
     ppo_all = f"{ppo(best['PPO from SFT, all'])} --init sft.pt --data pairs.pt --save ppo_all.pt"
     shown = [REWARD, ppo_all, own("ppo_all", "own_gold", "--data pairs.pt --chosen gold"),
              "reward.py --data pairs.pt+own_gold.pt --save reward_rlp_gold.pt"]
+    more = [REWARD, own("sft", "own_sft_gold", "--data pairs.pt --chosen gold"),
+            "reward.py --data pairs.pt+own_sft_gold.pt --save reward_sft_gold.pt"]
     return {
         "SFT": [],
         "DPO on all": [f"{dpo(best['DPO on all'])} --data pairs.pt --save dpo_all.pt"],
@@ -114,24 +118,28 @@ def methods(best: dict) -> dict[str, list[str]]:
         "MPO, any 3%": [*parts, START, few.format("random"), f"{mpo} --data few_random.pt --save ppo_few_any.pt"],
         "PPO from SFT, any 3%": [REWARD, few.format("random"), f"{ppo(best['PPO from SFT, all'])} --init sft.pt "
                                  "--data few_random.pt --save ppo_few_sft.pt"],
-        # Does MPO fall behind because its reward model never saw what policies do wrong? The one of these two rows also
-        # learns from answers of PPO's policy, labelled by gold.
+        # Does MPO fall behind because its reward model never saw what policies do wrong? In these two rows the reward
+        # model also learns from answers of PPO's policy, labelled by gold.
         "RLP, labels by gold": [*shown, f"{ppo(best.get('RLP, labels by gold'))} --init sft.pt --data pairs.pt "
                                 "--reward reward_rlp_gold.pt --save ppo_rlp_gold.pt"],
         "MPO, labels by gold": [*parts, START, *shown, f"{ppo(best.get('MPO, labels by gold'))} "
                                 "--reward reward_rlp_gold.pt --save ppo_mpo_gold.pt"],
+        # Or because that model has few pairs, and wrong labels? Here it learns from as many more, but of SFT's answers.
+        "PPO, SFT answers by gold": [*more, f"{ppo(best.get('PPO, SFT answers by gold'))} --init sft.pt "
+                                     "--data pairs.pt --reward reward_sft_gold.pt --save ppo_sft_gold.pt"],
+        "MPO, SFT answers by gold": [*parts, START, *more, f"{ppo(best.get('MPO, SFT answers by gold'))} "
+                                     "--reward reward_sft_gold.pt --save ppo_mpo_sft_gold.pt"],
     }
 
 
 def related(best: dict) -> dict[str, list[str]]:
-    """The related systems, as methods gives its rows. Two rounds of DPO on own answers have the settings of one, SPIN
-    those of IRFT."""
+    """The related systems, as methods gives its rows. Two rounds share the steps of their choice."""
     known, labelled = methods(best), "--data pairs.pt --chosen labelled --answers 1"
     own_sft, demos = own("sft", "own"), own("sft", "demos", labelled)
 
-    def self_play(name: str, loss: str) -> list[str]:
+    def self_play(row: str, name: str, loss: str) -> list[str]:
         """Two rounds of labelled responses against the policy's own."""
-        half = dpo(best["IRFT, 2 rounds"], rounds=2)
+        half = dpo(best[row], rounds=2)
         return [REWARD, demos, f"{half} --loss {loss} --data demos.pt --save {name}_first.pt",
                 own(f"{name}_first", f"demos_{name}", labelled),
                 f"{half} --loss {loss} --data demos_{name}.pt --init {name}_first.pt --save {name}.pt"]
@@ -141,17 +149,17 @@ def related(best: dict) -> dict[str, list[str]]:
         return [REWARD, *before, f"reward.py --data {data} --save reward_{name}.pt",
                 f"{ppo(best[row])} --init sft.pt --data pairs.pt --reward reward_{name}.pt --save ppo_{name}.pt"]
 
-    once, half = (dpo(best["DPO on own answers"], rounds) for rounds in (1, 2))
+    half = dpo(best["DPO on own answers, 2 rounds"], rounds=2)
     rows = {
         "expert iteration": [REWARD, own_sft,
                              "model.py --steps 64 --batch-size 64 --init sft.pt --data own.pt --save ei.pt"],
-        "DPO on own answers": [REWARD, own_sft, f"{once} --data own.pt --save dpo_own.pt"],
+        "DPO on own answers": [REWARD, own_sft, f"{dpo(best['DPO on own answers'])} --data own.pt --save dpo_own.pt"],
         "DPO on own answers, 2 rounds": [
             REWARD, own_sft, f"{half} --data own.pt --save dpo_own_first.pt", own("dpo_own_first", "own_2"),
             f"{half} --init dpo_own_first.pt --reference sft.pt --data own_2.pt --save dpo_own_2.pt"],
         "SAIL-DP": [f"{dpo(best['SAIL-DP'])} --data pairs.pt --self-weight 0.3 --save sail.pt"],
-        "IRFT, 2 rounds": self_play("irft", "linear"),
-        "SPIN, 2 rounds": self_play("spin", "sigmoid"),
+        "IRFT, 2 rounds": self_play("IRFT, 2 rounds", "irft", "linear"),
+        "SPIN, 2 rounds": self_play("SPIN, 2 rounds", "spin", "sigmoid"),
         "RFT": rewarded("RFT", "rft", "demos.pt", demos),
         "AIHF": rewarded("AIHF", "aihf", "pairs.pt+demos.pt", demos),
         "RLP": rewarded("RLP", "rlp", "pairs.pt+own_ppo.pt", known["PPO from SFT, all"][-1], own("ppo_all", "own_ppo")),
@@ -204,7 +212,7 @@ DRAWN = ["SFT", "DPO on all", "DPO on easy", "PPO from SFT, all", "PPO from SFT,
 COLOURS = {"MPO": "#d55e00", "DPO on all": "#56b4e9", "DPO on easy": "#0072b2", "PPO from SFT, all": "#009e73",
            "PPO from DPO on all": "#cc79a7", "MPO, random split": "#e69f00"}  # others: grey
 PPO_ROWS = ["PPO from SFT, all", "PPO from SFT, hard", "PPO from DPO on all", "MPO, reference SFT", "MPO"]
-GOLD_ROWS = ["MPO, labels by gold", "RLP, labels by gold"]
+GOLD_ROWS = {"MPO, labels by gold": "RLP, labels by gold", "MPO, SFT answers by gold": "PPO, SFT answers by gold"}
 NOISE_ROWS = ["SFT", "DPO on all", "DPO on easy", "PPO from SFT, all", "MPO", "MPO, random split"]
 SHIFTED = {"SFT": "sft", "DPO on all": "dpo_all", "DPO on easy": "dpo_easy", "PPO from SFT": "ppo_all", "MPO": "ppo"}
 IMPLICIT = {row: SHIFTED[row] for row in ("DPO on all", "DPO on easy")}
@@ -283,8 +291,9 @@ def run_folder(run: Run, threads: int, stop: threading.Event, bar: tqdm) -> None
                 pass
             if stop.is_set():
                 process.send_signal(signal.SIGINT)
-            for other, about in run.record.items():  # what others saved by this name, such as evaluations, is gone
-                about["done"] &= saved_as([other]) != saved_as([command])
+            made = set(re.findall(r"--(?:save|easy|hard) (\S+)", command))
+            for other, about in run.record.items():  # what others saved by these names, or made of them, is old now
+                about["done"] &= not made & set(re.split(r"[ +]", other))
             entry["done"] = process.wait() == 0
             entry["seconds"] += time.perf_counter() - began
             write_file(run.folder / "commands.json", json.dumps(run.record, indent=1) + "\n")
@@ -390,7 +399,7 @@ def tuning_table(numbers: Numbers, rows: list[str]) -> str:
     for script, choices in GRID.items():
         lines = [["steps, β" if script == "dpo.py" else "KL price", *map(str, choices)]]
         for row in rows:
-            if stage(row) == script:
+            if stage(row) == script and f"{row}: {choices[0]}" in numbers:
                 golds = [numbers[f"{row}: {choice}"]["gold_reward"] for choice in choices]
                 best = max(gold.mean() for gold in golds)
                 cells = [SPREAD.format(*mean_and_error(gold)) + " *"[gold.mean() == best] for gold in golds]
@@ -408,9 +417,11 @@ def said_again(text: str) -> int:
 def measure_shift(run: Run, data: str) -> dict[str, float]:
     """How often the reward model, and the implicit reward log π − log π_SFT of either DPO policy, order two responses
     as gold does: of those pairs of a file whose gold rewards are 0.5 to 1 apart, so that no file's are far easier.
-    "gold gap" is the mean one of all pairs of the file, "said again" the mean count of repetitions in a response."""
+    Of all its pairs that differ in gold (own answers that do not make none), "gold gap" is the mean difference, and
+    "said again" the mean count of repetitions in a response."""
     settings, device = DPOSettings(out=str(run.folder), device="cpu"), torch.device("cpu")
     pairs = load_pairs(settings, data)
+    pairs = pairs.select((pairs.gold[:, 0] != pairs.gold[:, 1]).nonzero()[:, 0])
     distance = (pairs.gold[:, 0] - pairs.gold[:, 1]).abs()
     again = [said_again(pairs.tokenizer.decode(part)) for _, *sides in pairs for part in sides]
     pairs = pairs.select(((distance >= 0.5) & (distance <= 1)).nonzero()[:, 0])
@@ -499,7 +510,8 @@ def plan(settings: Settings) -> dict[float, list[Run]]:
     for temperature in BEST:
         at_home = temperature == TOY_TEMPERATURE
         if settings.tune:
-            rows = tuning(BEST[temperature])
+            known = methods(BEST[temperature]) if not settings.related else BEST[temperature]
+            rows = tuning({row: choice for row, choice in BEST[temperature].items() if row in known})
         else:
             known = methods(BEST[temperature])
             rows = (STUDY if settings.related else known) if at_home else {row: known[row] for row in NOISE_ROWS}
@@ -543,13 +555,14 @@ def report_study(settings: Settings, runs: dict[float, list[Run]]) -> dict:
     numbers, curves = read_numbers(home, list(home[0].rows)), {row: ppo_curves(home, row) for row in PPO_ROWS}
     golds = {row: values["gold_reward"] for row, values in numbers.items()}
     level = curves[PPO_ROWS[0]]["gold"][:, -1].mean().item()
+    leads = "\n".join(lead_table({row: golds[row] for row in rows}, rows[0]) for rows in GOLD_ROWS.items())
     print(f"toy world, mean ± standard error over {len(home)} seeds. What a policy takes beyond SFT, its reward "
           "model included:\noptimiser updates, tokens generated by PPO and split.py, seconds beside another command"
           f"\n\n{study_table(numbers)}\n\npaired by seed, gold reward\n{lead_table(golds)}\n\n"
-          f"{lead_table({row: golds[row] for row in GOLD_ROWS}, GOLD_ROWS[0])}\n\n"
+          f"{leads}\n\n"
           "reward of the answers that PPO trains on, 128 a step: mean ± standard error over seeds\n"
           f"{ppo_table(curves, level)}\n\nhow often rewards order two responses as gold does, "
-          f'where gold differs by 0.5 to 1 ("pairs"; said again, gold gap: of all)\n{shift_table(home)}')
+          f'where gold differs by 0.5 to 1 ("pairs"; said again, gold gap: wherever it differs)\n{shift_table(home)}')
     noise = {temperature: read_numbers(runs[temperature][: settings.noise_seeds], NOISE_ROWS)
              for temperature in sorted(runs) if settings.noise_seeds}
     if len(noise) > 1:
@@ -560,6 +573,11 @@ def report_study(settings: Settings, runs: dict[float, list[Run]]) -> dict:
     return {"policies": numbers, "label_temperatures": noise}
 
 
+def as_json(values: torch.Tensor) -> list[float | None]:
+    """Numbers as JSON has them; None for what is not known."""
+    return [None if math.isnan(value) else value for value in values.tolist()]
+
+
 def main() -> None:
     """Runs what the study lacks, prints its tables, and writes study.json and a figure."""
     settings = parse_settings(Settings, __doc__)
@@ -567,7 +585,7 @@ def main() -> None:
     everything = [run for group in runs.values() for run in group]
     execute(everything, min(settings.parallel or (1 if torch.cuda.is_available() else CORES), len(everything)))
     numbers = (report_tuning if settings.tune else report_study)(settings, runs)
-    write_file(Path(settings.out) / "study.json", json.dumps(numbers, indent=1, default=torch.Tensor.tolist) + "\n")
+    write_file(Path(settings.out) / "study.json", json.dumps(numbers, indent=1, default=as_json) + "\n")
 
 
 if __name__ == "__main__":

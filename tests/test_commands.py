@@ -211,7 +211,7 @@ def test_grad_checkpoint_leaves_the_weights_as_they_are_and_another_seed_does_no
 
 def test_baselines_live_beside_the_main_run(out, tmp_path, monkeypatch):
     before = contents(out)
-    succeed("dpo", out, "--data", "pairs.pt", "--save", "dpo_all.pt", "--steps", 3)
+    succeed("dpo", out, "--data", "pairs.pt", "--save", "dpo_all.pt", "--steps", 3, "--save-every", 0)
     succeed("ppo", out, "--data", "pairs.pt", "--init", "sft.pt", "--save", "ppo_all.pt", "--steps", 0)
     after = contents(out)
     assert after.keys() - before.keys() == {"dpo_all.pt", "dpo_all.jsonl", "ppo_all.pt", "ppo_all.jsonl"}
@@ -253,7 +253,8 @@ def test_ctrl_c_and_sigterm_stop_after_the_step_and_resume_ends_the_same(out, to
     assert handlers == [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
     assert len(log(out / f"{name}.jsonl")) == 3 and not (out / f"{name}.pt").exists()
     (group,) = content(out / f"{name}.state.pt")["optimizer"]["param_groups"]
-    assert group["eps"] == (1e-5 if command == "ppo" else 1e-8)  # PPO's as in OpenAI Baselines
+    options = (1e-5 if command == "ppo" else 1e-8), (0.9, 0.95), 0.0  # PPO's ε as in OpenAI Baselines
+    assert (group["eps"], group["betas"], group["weight_decay"]) == options
     assert f"{name}.state.pt: a run was stopped, or still runs; use --resume" in refusal(command, out, *flags)
     assert "--lr is not what the saved run had: 0.5 now" in refusal(command, out, *flags, "--resume", "--lr", 0.5)
     state = (out / f"{name}.state.pt").read_bytes()
@@ -415,11 +416,12 @@ def test_a_bare_name_is_looked_up_in_out_then_here_and_one_with_a_slash_is_a_pat
 
 @pytest.mark.parametrize("flags", [
     "dpo --lr -1", "dpo --device cuda", "dpo --device mps", "dpo --loss hinge", "dpo --beta 0", "dpo --save mine",
-    "dpo --label-smoothing 2", "dpo --label-smoothing 0.1 --loss ipo", "dpo --batch-size 0", "dpo --warmup 1.5",
-    "dpo --clip 0", "dpo --save deeper/mine.pt", "split --fraction 2", "split --threshold nan", "model --layers 0",
-    "split --hard a.pt --easy a.pt", "split --easy deeper/mine.pt", "split --hard deeper/mine.pt", "model --dim 30",
-    "model --limit 0", "model --vocabulary 256", "model --heads 3 --dim 32 --kv-heads 1", "split --threshold -inf",
-    "model --kv-heads 3 --heads 4", "model --context 100 --max-response 100", "model --vocabulary 300 --init sft.pt",
+    "model --save test.pt", "evaluate --save ppo.pt", "dpo --label-smoothing 2", "dpo --label-smoothing 0.1 --loss ipo",
+    "dpo --batch-size 0", "dpo --warmup 1.5", "dpo --clip 0", "dpo --save deeper/mine.pt", "split --fraction 2",
+    "split --threshold nan", "model --layers 0", "split --hard a.pt --easy a.pt", "split --easy deeper/mine.pt",
+    "split --hard deeper/mine.pt", "model --dim 30", "model --limit 0", "model --vocabulary 256",
+    "model --heads 3 --dim 32 --kv-heads 1", "split --threshold -inf", "model --kv-heads 3 --heads 4",
+    "model --context 100 --max-response 100", "model --vocabulary 300 --init sft.pt",
     "model --label-temperature 1 --data hh", "ppo --temperature 0", "ppo --gamma 1.1", "ppo --max-new-tokens 0",
     "ppo --max-new-tokens 320", "evaluate --policies", "evaluate --judge http://localhost", "evaluate --export sft.pt",
     "evaluate --judge-model m", "dpo --self-weight 1 --loss ipo", "dpo --self-weight 1 --loss linear",

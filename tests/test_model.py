@@ -17,7 +17,8 @@ from typing import Literal
 import pytest
 import regex
 import torch
-from conftest import CPU, LETTERS, TINY, TOLERANCES, plain_distribution, plain_logprobs
+from conftest import CPU, LETTERS, TINY, TOLERANCES, plain_distribution, plain_logprobs, write
+from jinja2.exceptions import SecurityError
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.overrides import TorchFunctionMode
@@ -27,11 +28,14 @@ try:
 except ImportError:  # it comes with datasets; without it nothing of tables is tested
     pyarrow = None
 
+import dpo
 import model
+import ppo
+import reward
 from model import (
     END_OF_TEXT, GPT, TOY_BEST_REWARD, TOY_SLIPS, TURN, CommonSettings, Config, Pairs, Settings, Tokenizer, Training,
-    UserError, batch_indices, flag, generate, gold_reward, lay_out, load_model, load_pairs, pack,
-    read_pairs, read_rows, read_row, sample, save_model, settle, toy_rows, train_tokenizer, visibility,
+    UserError, batch_indices, flag, generate, gold_reward, lay_out, load_model, load_pairs, pack, read_pairs, read_row,
+    read_rows, sample, save_model, settle, toy_rows, train_tokenizer, visibility,
 )
 
 TOY_TEXTS = [text for row in toy_rows(60, 0) for text in row.values()]
@@ -61,7 +65,7 @@ class Made(CommonSettings):
     count: int | None = flag(None, "a count", least=1)
     kind: Literal["a", "b"] = flag("a", "a kind")
     fast: bool = flag(False, "goes fast")
-    some_names: list[str] = flag(["x"], "names", nargs="+")
+    some_names: tuple[str, ...] = flag(("x",), "names", nargs="+")
 
 
 def parsed(monkeypatch, line):
@@ -74,14 +78,13 @@ def test_flags_have_the_types_of_their_fields_and_may_reach_their_bounds(monkeyp
     assert made == Made("o", 0, "auto", "auto", False, 2.0, 0.0, 1, "b", True, ["y", "z"]) and type(made.rate) is float
     for pretrained, rate in ((False, 0.5), (True, 0.25)):  # what nobody set depends on the model
         fresh = parsed(monkeypatch, "")
-        assert fresh == Made("out", 0, "auto", "auto", None, None, 0.0, None, "a", False, ["x"])
-        settle(made, pretrained), settle(fresh, pretrained), fresh.some_names.append("no default of others")
+        assert fresh == Made("out", 0, "auto", "auto", None, None, 0.0, None, "a", False, ("x",))
+        settle(made, pretrained), settle(fresh, pretrained)
         assert (made.rate, fresh.rate, fresh.count) == (2.0, rate, None)
-    for text in ("-1e-1", "-.5e0", "2"):  # argparse alone takes the first two for flags
-        assert parsed(monkeypatch, f"--shift {text}").shift == float(text)
+    assert [parsed(monkeypatch, f"--shift {text}").shift for text in ("-1.5", "-.5", "2")] == [-1.5, -0.5, 2.0]
 
 
-@pytest.mark.parametrize("line", ["--rate 0", "--rate 2.1", "--rate nan", "--shift -inf", "--shift", "--count 0",
+@pytest.mark.parametrize("line", ["--rate 0", "--rate 2.1", "--rate nan", "--shift=-inf", "--shift", "--count 0",
                                   "--count 1.5", "--kind c", "--fast=1", "--nothing 1", "stray", "--seed -1"])
 def test_what_a_flag_cannot_be_is_refused_by_its_name(monkeypatch, line):
     with pytest.raises(UserError, match=re.split("[ =]", line)[0] + "[^\n]*(bounds|made.py --help)"):
@@ -222,8 +225,13 @@ def test_kernel_never_makes_more_logits_than_a_tile_and_compiled_it_is_the_same(
             made.append(function(*args, **(kwargs or {})))
             return made[-1]
 
+    def backward(*given, plain=model.TokenLogprobs.backward):
+        with Watch():  # which Tensor.backward has left
+            return plain(*given)
+
     monkeypatch.setattr(model, "TILES", dict.fromkeys(model.TILES, (20, 60)))  # and smaller tiles at the edges
-    with Watch():
+    with monkeypatch.context() as patch, Watch():
+        patch.setattr(model.TokenLogprobs, "backward", staticmethod(backward))
         results = run_kernel(model.token_logprobs, *kernel_inputs(device), 0.7)
     sizes = {part.numel() for part in made if isinstance(part, torch.Tensor)}
     assert 20 * 60 in sizes and max(sizes) == V * D  # the gradient of the weights
@@ -368,10 +376,10 @@ def test_generation_equals_the_sampler_without_a_cache(lengths, steps, temperatu
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_watched_answer_is_seen_token_by_token_and_stops_at_its_end(seed):
-    (policy, prompts), seen = some_prompts([9]), []
-    (response,) = generate(policy, prompts, END, 20, 1.0, seed, watch=lambda tokens: seen.append(tokens.item()))
-    assert [seen] == [response.tolist()] == plain_generate(policy, prompts, 20, 1.0, seed)
+def test_an_answer_stops_at_its_end_or_at_the_most_that_was_asked_for(seed):
+    policy, prompts = some_prompts([9])
+    (response,) = generate(policy, prompts, END, 20, 1.0, seed)
+    assert [response.tolist()] == plain_generate(policy, prompts, 20, 1.0, seed)
     assert len(generate(policy, some_prompts([120])[1], 99, 8)[0]) == 8
     with pytest.raises(UserError, match="--max-new-tokens 9: "):  # prompt and answer could outgrow the context
         generate(policy, some_prompts([3, 120])[1], 99, 9)
@@ -444,6 +452,7 @@ def test_every_merge_is_of_a_most_frequent_pair():
         pattern = re.compile(rf"(?<!\S){re.escape(' '.join(made_by))}(?!\S)")
         words = {pattern.sub(token, word): count for word, count in words.items()}
     assert (TOY.end, TOY.size) == (399, 400) and train_tokenizer(TOY_TEXTS, 400).state == TOY.state
+    assert train_tokenizer(["ab" * 60] * 2, 300).size == 257  # no word
     assert train_tokenizer(["ab ab", "ac"], 1000).size == 258 and '"<|padding|>": 255' in TOY.text  # "ab" merges
 
 
@@ -573,8 +582,24 @@ def test_files_of_a_folder_give_their_rows_in_order(tmp_path, monkeypatch):
     for limit in (None, 15, 7):
         assert list(read_rows(Settings(data=str(tmp_path), limit=limit))) == expected[:limit]
     for name in ("none.jsonl", "empty", "a/b.json", "zipped"):
-        with pytest.raises(UserError, match=f"{tmp_path / name}: (no file|holds only rows.zip).* read are JSON Lines"):
+        says = "holds only rows.zip" if name == "zipped" else "no file"
+        with pytest.raises(UserError, match=f"{tmp_path / name}: {says}.* read are JSON Lines"):
             texts_of(tmp_path / name)
+
+
+def test_a_chat_template_gets_the_same_date_every_day_and_cannot_leave_its_sandbox():
+    text = model.chat_template("{{ strftime_now('%d %B %Y') }} {{ 'é<' | tojson }}").render()
+    assert text == '01 January 2025 "é<"'
+    for program in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}"):
+        with pytest.raises(SecurityError):
+            model.chat_template(program).render(messages=[])
+
+
+def test_pairs_have_the_form_of_most_of_their_prompts(tmp_path):
+    for most, form, other in ((TURN, "dialogue", "."), ("\n\nTL;DR:", "tldr", "."), (".", "plain", TURN)):
+        rows = [{"prompt": f"{n}{most if n % 3 else other}", "chosen": " a", "rejected": " b"} for n in range(30)]
+        (tmp_path / "rows").write_bytes(data_of(".jsonl", *rows))
+        assert {part.form for part in read_pairs(settled(data=f"{tmp_path}/rows", test_share=0.5), TOY)} == {form}
 
 
 PLAIN = {"prompt": "a\n\nAssistant:", "chosen": "b\n\nAssistant: c", "rejected": "d", "more": 1}
@@ -854,3 +879,23 @@ def test_the_command_equals_a_plain_loop(run, tmp_path, capsys):
     close(*([*network.parameters()] for network in (load_model(settings, "model.pt", GPT)[0], policy)), 1e-3)
     final = loss_of(test, range(len(test))).item()
     assert f"test loss {final:.3f} nats a token (perplexity {math.exp(final):.2f})" in capsys.readouterr().out
+
+
+def test_gradients_are_clipped_to_the_flag(tmp_path, monkeypatch):
+    network, seen = nn.Linear(2, 1, bias=False), []
+    training = Training(settled(out=str(tmp_path), clip=0.25, steps=1), 6, network)
+    network.weight.grad = torch.tensor([[3.0, 4.0]])
+    monkeypatch.setattr(training.optimizer, "step", lambda: seen.extend(network.weight.grad[0].tolist()))
+    assert training.optimize() == 5.0 and seen == pytest.approx([0.15, 0.2], rel=1e-5)
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_pass_tokens_and_a_pretrained_models_rate_arrive(run, monkeypatch, tmp_path, policy, documents, pretrained):
+    policy.config.pretrained, limits = pretrained, []
+    write(tmp_path, start=policy, **dict.fromkeys(("pairs", "test", "easy", "hard"), documents))
+    for stage, flags, rates in ((model, "--data easy.pt --save model.pt", (2e-3, 2e-5)), (reward, "", (5e-4, 3e-6)),
+                                (dpo, "", (5e-5, 5e-7)), (ppo, "--max-new-tokens 8", (3e-4, 3e-6))):
+        monkeypatch.setattr(stage, "pack", lambda some, at, most=None: limits.append(most) or pack(some, at, most))
+        (line,) = run(stage, f"--init start.pt --steps 1 --pass-tokens 150 {flags}")
+        assert line["lr"] == rates[pretrained]
+    assert {*limits} == {150}

@@ -1,4 +1,6 @@
-"""Chapter 5: PPO's pure functions, what a naive PPO gets wrong, numbered as in the design, and the command."""
+"""Chapter 5, and PPO's traps, by number: 1 KL is per token, inside the reward; 2 an answer without an end pays; 3 all
+log-probs are of one forward; 4 the critic reads the state before a token, and is its own model; 5 returns come before
+whitening; 6 the end is trained; 7 KL starts at 0; 8 passes change no gradient; 9 tokens are real; 10 passes differ."""
 
 import inspect
 
@@ -256,12 +258,16 @@ def test_10_every_pass_is_shuffled_and_cut_anew(run, monkeypatch, tmp_path, poli
     order. 3: old log-probs are read in the first one's minibatches. The log holds means over all updates of a step."""
     write(tmp_path, hard=documents * 2, dpo=policy, reward=reward_model)
     updates, packed, norms = recorded(monkeypatch, "update"), recorded(monkeypatch, "pack"), []
+    computed = recorded(monkeypatch, "advantages_and_returns")
     clip = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *all: norms.append(clip(*all)) or norms[-1])
     sizes = "--steps 2 --batch-size 18 --minibatch-size 7 --ppo-epochs 3 --max-new-tokens 8"
     log = run(ppo, f"{sizes} --lr 1e-2 --warmup 0")
     rows = [arguments["rows"] for arguments, _ in updates]
     assert [len(some) for some in rows] == [7, 7, 4] * 6
+    for number, (given, _) in enumerate(updates):
+        advantages, returns = computed[number // 9][1]
+        assert given["advantages"] is advantages and given["returns"] is returns
     cuts = {frozenset(frozenset(some.tolist()) for some in torch.arange(18).split(7))}
     for first in range(0, 18, 3):
         one_pass = rows[first : first + 3]

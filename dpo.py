@@ -1,12 +1,12 @@
 """Mixed Preference Optimization, chapter 4: Direct Preference Optimization (DPO) on the easy pairs.
 
-DPO (Rafailov et al. 2023, arXiv 2305.18290, equation 7) trains the policy π on preference pairs without a reward
-model and without sampling. What stands in for a reward is how much likelier a response y to a prompt x became,
+DPO (Rafailov et al. 2023, arXiv 2305.18290, equation 7) trains the policy π on preference pairs, without reward
+model or sampling. Any π is the best policy, at KL price β, for this reward of response y to prompt x (plus any f(x)):
 
     r(x, y) = β (log π(y|x) − log π_ref(y|x)),
 
 and the loss is Bradley-Terry on it, L_DPO = − mean log σ(r(chosen) − r(rejected)). It trusts every label, so it gets
-the easy pairs here. The reference's log-probs are computed in one pass at the start: no second model trains beside.
+the easy pairs here. The reference's log-probs are computed once, at the start: no second model is held in training.
 
     python dpo.py                                                 # easy.pt → dpo.pt
     python dpo.py --data pairs.pt --steps 256 --save dpo_all.pt   # the baseline: DPO on all pairs
@@ -102,8 +102,8 @@ def main() -> None:
     policy, tokenizer = load_model(settings, settings.init, GPT)
     settle(settings, policy.config.pretrained)
 
-    # 2. The reference's log-probs of the pairs to train on; by default the policy still is it. In the batches of the
-    # first epoch, so that a policy that starts as the reference has margins of exactly 0 then, whatever the precision.
+    # 2. The reference's log-probs of the training pairs; by default it is the untrained policy. In the batches of the
+    # first epoch, so that a policy that starts as the reference has margins of exactly 0 at step 1, in any precision.
     reader = load_model(settings, settings.reference, GPT)[0] if settings.reference else policy
     reference = torch.zeros(len(pairs), 2, device=device)
     steps = min(count_steps(settings, len(pairs)), -(-len(pairs) // settings.batch_size))
@@ -137,7 +137,7 @@ def main() -> None:
             metrics[f"{name}_length"] = lengths[:, side + 1].float().mean().item()
         training.log(("loss", "margin", "accuracy"), "pairs", len(documents), int(lengths.sum()), **metrics)
 
-    # 4. Save, and report on held-back pairs; a policy that started as the reference began with margins of 0.
+    # 4. Save, and report on held-back pairs; a policy that started as the reference began with ties, at 50%.
     save_model(settings, policy, tokenizer)
     if held_back:
         logratios = all_logprobs(settings, policy, held_back, device) - before

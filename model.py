@@ -1,8 +1,8 @@
 """Mixed Preference Optimization, chapter 1: what every stage shares, and supervised fine-tuning (SFT).
 
 In this order: settings, the GPT, the log-prob kernel, packing, generation; tokenizer, toy world, preference pairs,
-files, pretrained weights; several processes, the training loop, and the stage itself. It trains a GPT on prompt +
-chosen response by cross-entropy on the response tokens,
+files, pretrained weights; several processes, the training loop, and the stage itself. The stage trains a GPT on prompt
+and chosen response by cross-entropy on the response tokens,
 
     L_SFT = − mean over response tokens of log π(token | everything before it),
 
@@ -187,7 +187,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     """Softmax attention of q: [heads, L, head_dim]; returns the same shape. In a packed row, k, v: [kv_heads, L,
     head_dim], and mask is Packed.mask. In a decoding step each query has a cached past of its own, k, v: [L, kv_heads,
     columns, head_dim], and mask is Cache.mask()."""
-    if isinstance(mask, BlockMask):  # elsewhere than on CUDA in tests only
+    if isinstance(mask, BlockMask):  # on CUDA; on a CPU in tests only
         flex = flex_attention if not q.is_cuda or torch.compiler.is_compiling() else compiled_function(flex_attention)
         options = {"fwd_num_warps": 8}  # with 4, the mask's arithmetic does not fit the registers
         return flex(q[None], k[None], v[None], block_mask=mask, enable_gqa=True, kernel_options=options)[0]
@@ -208,8 +208,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
 
 
 class Product(torch.autograd.Function):
-    """x · weightᵀ, [L, K] and [N, K] → [L, N], in fp32 on a CPU, by oneDNN, which takes half the time of MKL, PyTorch's
-    choice, on AMD's processors: through its layout of tensors, or, faster for a long x, as a convolution of width 1."""
+    """x · weightᵀ in fp32 on a CPU, [L, K] and [N, K] → [L, N], by oneDNN: half the time of MKL, PyTorch's choice, on
+    AMD's processors. Through oneDNN's layout of tensors, or, faster for a long x, as a convolution of width 1."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -222,7 +222,7 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        return Product.apply(grad, weight.T), grad.T @ x  # the latter would gain nothing
+        return Product.apply(grad, weight.T), grad.T @ x  # where oneDNN would gain nothing
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -259,7 +259,7 @@ class Attention(nn.Module):
         q, k, v = heads.split(self.split)
         q, k = rotate(self.q_norm(q), *rotary), rotate(self.k_norm(k), *rotary)
         if v.dtype == torch.bfloat16 and not v.is_cuda:
-            v = v.float()  # in bf16 a CPU's attention takes as long forward and twice as long back
+            v = v.float()  # on a CPU attention in bf16 is no faster forward, and takes twice as long back
         q, k = q.to(v.dtype), k.to(v.dtype)
         if extend is not None:
             k, v = extend(k, v)
@@ -312,7 +312,8 @@ class GPT(nn.Module):
         angle = positions[:, None] * rotary_frequencies(self.config, tokens.device)  # (L, head_dim / 2)
         rotary = angle.cos(), angle.sin()
         unrotated = torch.ones_like(angle), torch.zeros_like(angle)
-        with self.precision():
+        # With bf16 only the matrix products are bf16; the residual stream and the norms stay fp32.
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.activations == torch.bfloat16):
             x = self.embedding(tokens)  # (L, dim)
             for layer, block in enumerate(self.blocks):
                 extend = cache and functools.partial(cache.extend, cache.keys[layer], cache.values[layer])
@@ -322,11 +323,6 @@ class GPT(nn.Module):
                 else:
                     x = block(x, turn, mask, extend)
             return self.norm(x)
-
-    def precision(self) -> torch.autocast:
-        """The context in which matrix products have the activations' dtype; it casts each weight once."""
-        device = self.embedding.weight.device.type
-        return torch.autocast(device, torch.bfloat16, enabled=self.activations == torch.bfloat16)
 
     @property
     def vocabulary_weight(self) -> Tensor:
@@ -484,15 +480,15 @@ def visibility(document: Tensor, branch: Tensor):
     prompt_end = torch.where(branch == 0, at + 1, 0).cummax(0).values  # where its prompt ends; within it: after itself
     own = torch.where(new_branch, at, 0).cummax(0).values  # where its branch begins
 
-    def rule(row, head, query, key):
+    def rule(batch, head, query, key):
         return (key <= query) & (key >= begin[query]) & ((key < prompt_end[query]) | (key >= own[query]))
 
     return rule
 
 
 def block_mask(document: Tensor, branch: Tensor) -> BlockMask:
-    """visibility's block mask, for L a multiple of 128: a block of 128 queries looks at the blocks from the one in
-    which its first document begins to itself. create_block_mask would find that by trying all L² pairs."""
+    """visibility's block mask, for L a multiple of 128: a block of 128 queries looks at every block from the one where
+    the document of its first query begins, up to itself. create_block_mask would find that by trying all L² pairs."""
     block = torch.arange(len(document) // 128, device=document.device)
     first = (document[::128, None] == document).int().argmax(1) // 128  # (blocks)
     count, looked_at = block - first + 1, (first[:, None] + block).clamp(max=len(block) - 1)  # (blocks, blocks)
@@ -534,7 +530,7 @@ def lay_out(documents: list[tuple[Tensor, ...]], members: list[int], device: tor
 
     tokens, lengths = torch.cat(parts), torch.tensor([len(part) for part in parts])
     ends, (document, branch, prompt, is_last) = lengths.cumsum(0), torch.tensor(about).T  # (parts) each
-    part_of = torch.arange(len(parts)).repeat_interleave(lengths)  # (L), as all below: the part that a token is in
+    part_of = torch.arange(len(parts)).repeat_interleave(lengths)  # (L), as the next five: a token's part
     at, response = torch.arange(len(tokens)), branch[part_of] > 0
     offset = at - (ends - lengths)[part_of]
     positions = offset + lengths[prompt][part_of] * response
@@ -569,7 +565,7 @@ class Cache:
         self.new, self.decoding = (places, prompts.document[places], prompts.positions[places]), False
 
     def step(self) -> None:
-        """Makes room for a new token of each sequence."""
+        """Moves on to a new token of each sequence: its position, and where `extend` stores it."""
         every = torch.arange(len(self.positions), device=self.positions.device)
         self.positions += 1
         self.new, self.decoding = (slice(None), every, self.positions), True
@@ -589,8 +585,8 @@ class Cache:
         self.positions, self.keys, self.values = self.positions[going], self.keys[:, going], self.values[:, going]
 
     def extend(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k and v [kv_heads, L, head_dim] of L new tokens in a layer's keys and values. Returns those that the
-        new tokens look at: in the prompts their own, later all of the layer's."""
+        """Stores k and v [kv_heads, L, head_dim] of L new tokens in a layer's keys and values, [S, kv_heads, width,
+        head_dim]. Returns what the new tokens attend to: k and v for the prompts, the layer's whole cache in a step."""
         places, sequence, column = self.new
         keys[sequence, :, column] = k.transpose(0, 1)[places]
         values[sequence, :, column] = v.transpose(0, 1)[places]
@@ -641,7 +637,7 @@ def generate(
 
 def unsharded_copy(model: GPT) -> GPT:
     """The model for generation: every process has all weights, so that it can take steps of its own, and the blocks'
-    matrices have the products' dtype already. The rest shares its memory with the model."""
+    matrices have the products' dtype already. In one process the rest shares its memory with the model."""
     weights = dcp.get_model_state_dict(model, options=UNSHARDED)
     for name, weight in weights.items():
         if name.startswith("blocks.") and weight.dim() == 2:
@@ -916,7 +912,7 @@ TOY_FILLER = ["Well, it depends.", "There are many ways to see this.", "Some peo
               "Anyway, that is life."]
 TOY_BEST_REWARD = 4.0  # three steps and two polite sentences, nothing else
 # Probability of each slip: a step for another task, about another object, a sentence said again. They are rare: the
-# more there are the less rewards agree with gold, and even of 20% the reward model ranks only about half right.
+# more there are the less rewards agree with gold, and even at 20% the reward model ranks only half of them right.
 TOY_SLIPS = 0.01
 # At this temperature the gold reward agrees with 69% of the labels of pairs that differ in it: about the middle of what
 # is reported for people, 63% on HH-RLHF (Bai et al. 2022) and 73% on TL;DR (Stiennon et al. 2020).
@@ -927,7 +923,7 @@ def gold_reward(prompt: str, response: str) -> float:
     """How good `response` is, for any text at all: the truth of the toy world.
 
     1 for each distinct step that belongs to the asked task and names the asked object, up to three; 0.5 for each
-    distinct polite sentence, up to two; −1 for each rude one; −0.5 for each that is off topic (a step for another task
+    distinct polite sentence, up to two; −1 for each distinct rude one; −0.5 for each off topic (a step for another task
     or object too) and for each said again; −0.25 for all else: filler, a fourth step, a third politeness.
     """
     asked = set(re.findall(r"\w+", prompt.rpartition("\n\nHuman:")[2]))
@@ -1712,12 +1708,12 @@ class TrainingSettings(CommonSettings):
     warmup: float = flag(0.1, "share of the steps in which the learning rate rises from 0", least=0, most=1)
     decay: Literal["constant", "linear"] = flag("linear", "learning rate after the warm-up")
     clip: float = flag(1.0, "gradient norm is clipped to this", above=0)
-    pass_tokens: int | None = flag(None, "tokens in a forward pass; fewer, less memory [4096; cuda: 32768]", least=1)
+    pass_tokens: int | None = flag(None, "about so many tokens a pass; fewer: less memory [4096; cuda: 32768]", least=1)
     grad_checkpoint: bool = flag(False, "keep one activation a block, compute the rest again: less memory, more time")
 
 
 def mixed_seed(seed: int, number: int) -> int:
-    """A seed for epoch or step `number`, so that its randomness is independent of earlier ones."""
+    """A seed for epoch or step `number`, which needs no state of earlier ones: --resume draws what the run would."""
     return (seed * 1_000_003 + number) % 2**63
 
 

@@ -47,7 +47,7 @@ class Settings(TrainingSettings):
     minibatch_size: int = flag(16, "answers per optimiser step", least=1, pretrained=64)
     lr: float = flag(3e-4, "peak learning rate", least=0, pretrained=3e-6)
     kl_coefficient: float = flag(0.3, "β: price of a nat of log-ratio to the reference", least=0, pretrained=0.05)
-    matching: float = flag(1.0, "α: the reference has no say on tokens it holds likelier (PM-RLHF)", above=0, most=1)
+    matching: float = flag(1.0, "α: the reference has no say on tokens it gives more than α (PM-RLHF)", above=0, most=1)
     gamma: float = flag(1.0, "γ: discount per token", least=0, most=1)
     gae_lambda: float = flag(0.95, "λ of generalised advantage estimation", least=0, most=1)
     temperature: float = flag(1.0, "of sampling, and of all log-probs", above=0)
@@ -67,7 +67,7 @@ def shaped_rewards(
     logprobs, reference_logprobs: [B, T], 0 past each response's end; scores, lengths: [B]. Returns [B, T]. Ouyang et
     al. 2022 (arXiv 2203.02155), equation 2, with the KL term spread over the tokens where it arises.
 
-    Where the reference holds a token likelier than α = matching it has no say: the reward is −β log π_old, which pays
+    Where the reference gives a token more than α = matching, it has no say: the reward is −β log π_old, which pays
     for entropy alone. Conditional PM-RLHF, Xiao et al. 2024 (arXiv 2405.16455). At α = 1 nothing changes.
     """
     anchors = reference_logprobs.masked_fill(reference_logprobs > math.log(matching), 0.0)
@@ -90,9 +90,9 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
     return advantages
 
 
-def whiten(values: Tensor) -> Tensor:
-    """Shifts and scales values [N], of real tokens only, to mean 0 and variance 1."""
-    return (values - values.mean()) / (values.var(unbiased=False) + 1e-8).sqrt()
+def whiten(x: Tensor) -> Tensor:
+    """Shifts and scales x [N], of real tokens only, to mean 0 and variance 1."""
+    return (x - x.mean()) / (x.var(unbiased=False) + 1e-8).sqrt()
 
 
 def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_ratio: float) -> Tensor:
@@ -150,7 +150,7 @@ def roll_out(
             at = members[batch.sequence], batch.offset
             logprobs[at] = policy.logprobs(batch, settings.temperature)[0]
             reference_logprobs[at] = reference.logprobs(batch, settings.temperature)[0]
-            values[at] = critic.read(batch, batch.source)  # the state before the action, where nothing is known of it
+            values[at] = critic.read(batch, batch.source)  # V before the token: at `source`, which has not seen it
             scores[members] = reward.score(batch)
     known = (summed(part) for part in (logprobs, reference_logprobs, values, scores))
     return Rollout(documents, *known, lengths, ended)
@@ -159,8 +159,8 @@ def roll_out(
 def advantages_and_returns(settings: Settings, rollout: Rollout) -> tuple[Tensor, Tensor]:
     """Whitened advantages and returns, both [B, T]. Returns are formed first: the critic learns unwhitened ones."""
     scores = rollout.scores - settings.missing_eos_penalty * ~rollout.ended
-    prices = settings.kl_coefficient, settings.matching
-    rewards = shaped_rewards(rollout.logprobs, rollout.reference_logprobs, scores, rollout.lengths, *prices)
+    options = settings.kl_coefficient, settings.matching
+    rewards = shaped_rewards(rollout.logprobs, rollout.reference_logprobs, scores, rollout.lengths, *options)
     advantages = gae(rewards, rollout.values, settings.gamma, settings.gae_lambda)
     returns = advantages + rollout.values
     advantages[rollout.real] = whiten(advantages[rollout.real])
@@ -171,7 +171,7 @@ def update(
     settings: Settings, rollout: Rollout, rows: Tensor, advantages: Tensor, returns: Tensor, policy: GPT,
     critic: RewardModel,
 ) -> dict[str, Tensor]:
-    """Adds the gradients of one minibatch, the answers `rows`, and returns statistics: means over its tokens.
+    """Adds the gradients of a minibatch, the answers `rows` (Training.optimize takes the step). Returns token means.
 
     Losses are sums over tokens divided by the whole minibatch's token count, so the gradient does not depend on how
     the answers are packed into passes.

@@ -6,8 +6,8 @@ probability σ(r_chosen − r_rejected). Training makes the labels likely:
 
     L_RM = − mean over pairs of log σ(r_chosen − r_rejected).
 
-One pass over the data, since labels are noisy and a second pass learns them by heart. The loss fixes rewards only up
-to a constant; afterwards they are shifted so that the training responses' mean is 0.
+One pass over the data, since labels are noisy and a second pass learns them by heart. The loss fixes rewards only up to
+a constant for each prompt; afterwards all are shifted by one number, so that the training responses' mean is 0.
 
     python reward.py
 """
@@ -44,7 +44,7 @@ class RewardModel(nn.Module):
 
     def __init__(self, trunk: GPT):
         super().__init__()
-        trunk.head = None  # scores need no logits; without gradients it would have no state in AdamW, as --resume wants
+        trunk.head = None  # scores need no logits, and --resume fails on a weight that never had a gradient
         self.trunk, self.config, self.head = trunk, trunk.config, nn.Linear(trunk.config.dim, 1)
         # Huang et al. 2024 (arXiv 2403.17031) traced this start to the first RLHF code: first rewards of order 1.
         nn.init.normal_(self.head.weight, std=1 / (trunk.config.dim + 1) ** 0.5)
@@ -95,7 +95,7 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
 
 
 def calibration(rewards: Tensor) -> list[tuple[float, float, int]]:
-    """(predicted, observed, pairs) by prediction, for pairs [n, 2]: how often the side ranked first is chosen."""
+    """In five bins by σ(|gap|), of pairs [n, 2]: (predicted, observed share where the higher side is chosen, pairs)."""
     predicted, observed = rewards.diff(dim=1)[:, 0].abs().sigmoid(), wins(*rewards.unbind(1)).double()
     found = [(10 * predicted - 5).long().clamp(0, 4) == number for number in range(5)]  # the members of each bin
     return [(predicted[one].mean().item(), observed[one].mean().item(), int(one.sum())) for one in found if one.any()]

@@ -48,7 +48,7 @@ class Settings(CommonSettings):
     hard: str = flag("hard.pt", "file for the hard pairs")
     policy: str | None = flag(None, "policy whose own answers take the place of the responses [none]")
     answers: int = flag(4, "own answers to each prompt", least=1)
-    chosen: Literal["best", "gold", "labelled"] = flag("best", "best own over worst; gold: by gold; labelled: data's")
+    chosen: Literal["best", "gold", "labelled"] = flag("best", "best own, by reward or gold, or data's; over worst own")
     temperature: float = flag(1.0, "of sampling own answers", above=0)
     max_new_tokens: int = flag(96, "longest own answer", least=1, pretrained=256)
 
@@ -70,7 +70,7 @@ def reward_gaps(rewards: Tensor, kind: str) -> Tensor:
 
 
 def easy_mask(gaps: Tensor, fraction: float, threshold: float | None) -> tuple[Tensor, float]:
-    """(which of the gaps [n] are easy, γ): those of at least γ: the threshold, or a `fraction` (more, at a tie)."""
+    """Which gaps [n] are easy, and γ: easy is ≥ γ, the threshold, or what makes a `fraction` easy (ties: more)."""
     if threshold is None:
         count = round(fraction * len(gaps))
         threshold = gaps.sort(descending=True).values[count - 1].item() if count else float("inf")
@@ -90,7 +90,7 @@ def answer_prompts(settings: Settings, pairs: Pairs) -> list[tuple[Tensor, ...]]
 
 
 def own_answers(settings: Settings, pairs: Pairs, model: RewardModel, device: torch.device) -> Pairs:
-    """Scored pairs of --policy's own answers; the log's line says what they took. UserError if no prompt's answers make
+    """Scored pairs of --policy's own answers, whose costs go to OUT/<easy>.jsonl. UserError if no prompt's answers make
     a pair by the rules for all pairs. Expert iteration (Havrilla et al. 2024, arXiv 2403.04642) trains on the best; RLP
     (Lang et al. 2024, arXiv 2403.19279, equation 1, λ = 0) adds the pairs to the reward model's."""
     documents = answer_prompts(settings, pairs)

@@ -190,7 +190,7 @@ def plain_forward(gpt: GPT, tokens, positions, mask, cache=None) -> torch.Tensor
     """Hidden states [B, T, dim] of padded token ids [B, T]; positions: [B, T]; mask: [B, 1, T, keys] bool."""
     angle = positions[:, None, :, None] * model.rotary_frequencies(gpt.config, tokens.device)  # (B, 1, T, head_dim / 2)
     cos, sin = angle.cos(), angle.sin()
-    with gpt.precision():
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=gpt.activations == torch.bfloat16):
         x = gpt.embedding(tokens)  # (B, T, dim)
         for number, block in enumerate(gpt.blocks):
             attention = block.attention

@@ -207,22 +207,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     return torch.cat(mixed).flatten(1, 2).transpose(0, 1) if decoding else torch.cat(mixed, 2)[0]
 
 
+def convolved(x: Tensor, weight: Tensor) -> Tensor:
+    """x · weightᵀ, [L, K] and [N, K] → [L, N], as a convolution of width 1."""
+    pixels = x[None, :, None].permute(0, 3, 1, 2)  # (1, K, L, 1), channels last
+    return F.conv2d(pixels, weight[..., None, None])[0, ..., 0].T
+
+
 class Product(torch.autograd.Function):
-    """x · weightᵀ in fp32 on a CPU, [L, K] and [N, K] → [L, N], by oneDNN: half the time of MKL, PyTorch's choice, on
-    AMD's processors. Through oneDNN's layout of tensors, or, faster for a long x, as a convolution of width 1."""
+    """x · weightᵀ in fp32 on a CPU by oneDNN, which takes half the time of MKL, PyTorch's choice, on AMD's processors.
+    PyTorch gives it convolutions, and what is in its own layout of tensors, which is faster where x has few rows."""
 
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
-        if len(x) < 512:
-            return F.linear(x.to_mkldnn(), weight).to_dense()
-        pixels = x[None, :, None].permute(0, 3, 1, 2)  # (1, K, L, 1), channels last
-        return F.conv2d(pixels, weight[..., None, None])[0, ..., 0].T
+        return F.linear(x.to_mkldnn(), weight).to_dense() if len(x) < 512 else convolved(x, weight)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        return Product.apply(grad, weight.T), grad.T @ x  # where oneDNN would gain nothing
+        return Product.apply(grad, weight.T), convolved(grad.T, x.T)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -534,8 +534,9 @@ def compare(arguments: argparse.Namespace, flags: list[str]) -> None:
                 ratio = one["seconds"] / middle["ours"]["seconds"] if "ours" in middle else math.nan
                 most = rate if work == "matrix" else most
                 losses = " ".join(f"{loss:.4f}" for loss in one["losses"][:3] + one["losses"][3:][-1:])
+                times = f"{ratio:.2f}×" if ratio > 0 else "–"
                 print(f"{work:8s} {dtype:5s} {way:5s} {one['seconds']:9.3f} {one['tokens'] / one['seconds']:9,.0f} "
-                      f"{ratio:7.2f}× {rate / 1e12:7.3f} {rate / most:5.1%} {one['memory_mb']:6,.0f}MB  "
+                      f"{times:>8s} {rate / 1e12:7.3f} {rate / most:5.1%} {one['memory_mb']:6,.0f}MB  "
                       + losses, flush=True)
 
 

@@ -293,7 +293,8 @@ def run_folder(run: Run, threads: int, stop: threading.Event, bar: tqdm) -> None
                 process.send_signal(signal.SIGINT)
             made = set(re.findall(r"--(?:save|easy|hard) (\S+)", command))
             for other, about in run.record.items():  # what others saved by these names, or made of them, is old now
-                about["done"] &= not made & set(re.split(r"[ +]", other))
+                if other != command and made & set(re.split(r"[ +]", other)):
+                    about.update(seconds=0.0, done=False)
             entry["done"] = process.wait() == 0
             entry["seconds"] += time.perf_counter() - began
             write_file(run.folder / "commands.json", json.dumps(run.record, indent=1) + "\n")

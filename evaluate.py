@@ -128,11 +128,11 @@ def length_controlled(won: Tensor, longer: Tensor) -> Tensor:
     """AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475) without its term for how hard a prompt is: the win rate if
     all answers were as long as their opponents', σ(a) of the regression P(win) = σ(a + b tanh(longer / its deviation)).
     won [n], a tie ½; longer [n], by how much, in any unit. Returns a column [n] with the rate as its mean: n times what
-    each prompt moves it by is added, for the standard error."""
+    each prompt moves it by is added, for the standard error. Empty where all differ alike, so that it is not known."""
     if not longer.any():  # nothing to control for
         return won
     inputs = torch.stack((torch.ones_like(longer), (longer / longer.std()).tanh()), 1).double()  # [n, 2]
-    if not inputs[:, 1].max() - inputs[:, 1].min() > 0.1:  # all longer alike, or shorter: nothing tells what if not
+    if not inputs[:, 1].max() - inputs[:, 1].min() > 0.1:  # all differ alike: nothing shows equal lengths
         return won[:0]
     weights = torch.zeros(2, dtype=torch.float64)  # a, b
     for _ in range(30):  # Newton's method
@@ -208,7 +208,7 @@ class Refused(UserError):
 
 def ask(settings: Settings, question: str) -> str | None:
     """The judge's verdict: A, B, TIE, also if bold, in lower case or with a full stop; None if it ends in none. A busy
-    server, or none, is asked again after longer and longer waits. UserError if it refuses, or all was in vain."""
+    server, or none, is asked again after longer and longer waits. Refused at this question; UserError if all fails."""
     import requests
     from requests.adapters import HTTPAdapter, Retry
 

@@ -533,7 +533,7 @@ def lay_out(documents: list[tuple[Tensor, ...]], members: list[int], device: tor
 
     tokens, lengths = torch.cat(parts), torch.tensor([len(part) for part in parts])
     ends, (document, branch, prompt, is_last) = lengths.cumsum(0), torch.tensor(about).T  # (parts) each
-    part_of = torch.arange(len(parts)).repeat_interleave(lengths)  # (L), as the next five: a token's part
+    part_of = torch.arange(len(parts)).repeat_interleave(lengths)  # (L), as the next six: a token's part
     at, response = torch.arange(len(tokens)), branch[part_of] > 0
     offset = at - (ends - lengths)[part_of]
     positions = offset + lengths[prompt][part_of] * response

@@ -12,9 +12,7 @@ import pytest
 import study
 import torch
 from conftest import make_pairs, plain_logprobs, plain_score, tiny, write
-from study import (
-    BEST, GRID, STUDY, Run, lead_table, methods, saved_as, shift_table, study_table,
-)
+from study import BEST, GRID, STUDY, Run, lead_table, methods, saved_as, shift_table, study_table
 
 from model import UserError, parse_settings, settle
 from reward import RewardModel

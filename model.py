@@ -194,7 +194,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     decoding = k.dim() == 4
     if decoding:
         # The query heads that share a key head become so many queries of that head, which reads each key once.
-        q = q.transpose(0, 1).unflatten(1, (k.shape[1], -1))  # (L, kv_heads, heads per key head, head_dim)
+        q = q.to(k.dtype).transpose(0, 1).unflatten(1, (k.shape[1], -1))  # (L, kv_heads, heads per key head, head_dim)
         pieces = [(q[rows], k[rows, :, : seen.shape[-1]], v[rows, :, : seen.shape[-1]], seen) for rows, seen in mask]
     else:
         sizes, masks = [size for size, _ in mask], [seen for _, seen in mask]
@@ -580,7 +580,7 @@ class Cache:
         bias = self.keys.new_zeros(later.shape).masked_fill(later, -math.inf)  # (S, 1, 1, width)
         if bias.is_cuda:
             return [(slice(None), bias)]
-        groups = [slice(start, start + 16) for start in range(0, len(bias), 16)]
+        groups = [slice(start, start + 8) for start in range(0, len(bias), 8)]
         return [(rows, bias[rows, :, :, : int(self.positions[rows][0]) + 1]) for rows in groups]
 
     def keep(self, going: Tensor) -> None:
@@ -591,8 +591,8 @@ class Cache:
         """Stores k and v [kv_heads, L, head_dim] of L new tokens in a layer's keys and values, [S, kv_heads, width,
         head_dim]. Returns what the new tokens attend to: k and v for the prompts, the layer's whole cache in a step."""
         places, sequence, column = self.new
-        keys[sequence, :, column] = k.transpose(0, 1)[places]
-        values[sequence, :, column] = v.transpose(0, 1)[places]
+        for cached, made in ((keys, k), (values, v)):
+            cached[sequence, :, column] = made.transpose(0, 1)[places].to(cached.dtype)
         return (keys, values) if self.decoding else (k, v)
 
 
@@ -658,7 +658,7 @@ def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperatu
     is `end` from its first `end` on."""
     device, (count, steps) = model.embedding.weight.device, noise.shape
     batch = lay_out([(prompt,) for prompt in prompts], list(range(count)), device)
-    cache = Cache(model.config, batch, steps, model.activations if device.type == "cuda" else torch.float32)
+    cache = Cache(model.config, batch, steps, model.activations)
     hidden = model(batch.tokens, batch.positions, batch.mask, cache)[batch.last]  # (S, dim)
     head, noise = model.vocabulary_weight.to(model.activations), noise.to(device)
     drawn = sample(linear(hidden.to(head.dtype), head), noise[:, 0], temperature)  # (S), the newest token of each

@@ -81,7 +81,7 @@ class CommonSettings:
     """The flags that every command has. Raises UserError at a number out of its bounds."""
 
     out: str = flag("out", "folder for what the stages write; bare file names are looked up here first")
-    seed: int = flag(0, "seeds the weights, the data order and the sampling", least=0)
+    seed: int = flag(0, "seeds weights, toy rows, which prompts are held back, data order and sampling", least=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "auto: cuda, else mps, else cpu")
     dtype: Literal["auto", "fp32", "bf16"] = flag("auto", "of activations; weights and optimiser state stay fp32")
     compile: bool | None = flag(None, "torch.compile the log-prob kernel, and on cuda the blocks [on for cuda]")
@@ -199,7 +199,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     else:
         sizes, masks = [size for size, _ in mask], [seen for _, seen in mask]
         pieces = zip(q[None].split(sizes, 2), k[None].split(sizes, 2), v[None].split(sizes, 2), masks, strict=True)
-    with torch.autocast(q.device.type, enabled=False):  # q, k and v have the dtype that suits the device already
+    with torch.autocast(q.device.type, enabled=False):  # q, k and v have the dtype that suits
         mixed = [
             F.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=seen is None, enable_gqa=True)
             for query, key, value, seen in pieces
@@ -260,9 +260,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask, extend: Callable | None = None) -> Tensor:
         heads = self.qkv(x).unflatten(1, (-1, self.head_dim)).transpose(0, 1)  # (heads + 2 kv_heads, L, head_dim)
         q, k, v = heads.split(self.split)
-        q, k = rotate(self.q_norm(q), *rotary), rotate(self.k_norm(k), *rotary)
+        q, k = rotate(self.q_norm(q.to(x.dtype)), *rotary), rotate(self.k_norm(k.to(x.dtype)), *rotary)
         if v.dtype == torch.bfloat16 and not v.is_cuda:
-            v = v.float()  # on a CPU attention in bf16 is no faster forward, and takes twice as long back
+            v = v.float()  # on a CPU a row's attention in bf16 is no faster forward, and takes twice as long back
         q, k = q.to(v.dtype), k.to(v.dtype)
         if extend is not None:
             k, v = extend(k, v)
@@ -382,12 +382,12 @@ class TokenLogprobs(torch.autograd.Function):
         body = compiled_function(gradient_tile) if ctx.compiled else gradient_tile
         matrix, scale = weight.to(hidden.dtype), grad[:, None]
         grad_hidden = scale * weight[targets]  # the onehot's part; then p's
-        grad_weight = torch.zeros_like(weight).index_add_(0, targets, scale * hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32).index_add_(0, targets, (scale * hidden).float())
         for rows, words in tiles(hidden, matrix):
             grad_logits = body(hidden[rows], matrix[words], top[rows], -grad[rows] / total[rows])
             grad_hidden[rows] += linear(grad_logits, matrix[words].T)
             grad_weight[words] += linear(grad_logits.T, hidden[rows].T)
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None
+        return grad_hidden, grad_weight, None, None
 
 
 def tiles(hidden: Tensor, matrix: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -623,9 +623,9 @@ def generate(
 ) -> list[Tensor]:
     """Samples one response to each prompt from the full softmax; `end` stops a response and is kept in it.
 
-    prompts: tensors of token ids. Returns tensors of 1 to max_new_tokens ids on the CPU. A response depends on its
-    prompt, its place in the list, max_new_tokens and the seed, not on what it is batched with. Raises UserError if
-    prompt and response could outgrow the model's context.
+    prompts: tensors of token ids, none empty. Returns tensors of 1 to max_new_tokens ids on the CPU. A response depends
+    on its prompt, its place in the list, max_new_tokens and the seed, not on what it is batched with. Raises UserError
+    if prompt and response could outgrow the model's context.
     """
     require_room(model.config, prompts, max_new_tokens)
     noise = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
@@ -826,7 +826,7 @@ def require_rank_merging(given: dict, spelled: dict[str, int]) -> None:
         if model.get(name) and not (name == "unk_token" and BYTES.keys() <= spelled.keys()):
             raise ValueError(f"{name} {model[name]!r}")
     for token in given["added_tokens"]:
-        if not token["special"] and (token["lstrip"] or token["rstrip"] or token["single_word"]):
+        if token["lstrip"] or token["rstrip"] or token["single_word"]:
             raise ValueError(f"added token {token['content']!r} with lstrip, rstrip or single_word")
     made = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
     # In the order in which tokens are made, the bytes first, their ids must rise.
@@ -1090,7 +1090,7 @@ def file_rows(path: Path, out: str) -> Iterator[tuple[str, dict]]:
     """Rows of a file, or of a folder's files and its subfolders', but for --out, hidden ones and those that tell about
     it."""
     found = [file for file in sorted(path.rglob("*")) if file.is_file() and "/." not in f"/{file.relative_to(path)}"]
-    found = [file for file in found if Path(out).resolve() not in file.resolve().parents]
+    found = [file for file in found if Path(out).resolve() not in {*file.resolve().parents} - {*path.resolve().parents}]
     files = [file for file in found if file.suffix in ENDINGS and not ABOUT.fullmatch(file.name)]
     files = [path] if path.is_file() else files
     if not files:
@@ -1128,7 +1128,8 @@ def parse_rows(path: Path) -> Iterator[dict]:
         for document in documents:  # a row, a list of rows, or an object around one
             if isinstance(document, dict) and not {"summaries", "chosen", *COLUMNS} & document.keys():
                 lists = [value for value in document.values() if isinstance(value, list) and value]
-                document = lists[0] if len(lists) == 1 else document
+                if len(lists) == 1 and isinstance(lists[0][0], dict) and "role" not in lists[0][0]:
+                    document = lists[0]
             yield from map(dict, document if isinstance(document, list) else [document])  # else it is no row
 
 
@@ -1144,8 +1145,9 @@ def name_columns(row: dict) -> dict:
         if other in row:
             row[name] = row.get(name) or row[other]
     asked = [row.get(name) for name in ("question", "instruction", "input")]
+    prompt = row.get("prompt") or (isinstance(asked[2], dict) and asked[2].get("messages"))  # the latter: OpenAI's
     asked = [text for text in asked if isinstance(text, str) and text.strip()]
-    return row | {"prompt": row.get("prompt") or list_messages("\n\n".join(asked), "user")}
+    return row | {"prompt": prompt or list_messages("\n\n".join(asked), "user")}
 
 
 def read_row(row: dict) -> tuple[str | list[dict], str, str]:
@@ -1301,7 +1303,7 @@ def read_examples(settings: "Settings", counts: Counter, tokenizer: Tokenizer | 
             continue
         spelled = tokenizer is not None and tokenizer.control.search(str(texts)) is not None
         counts[f"kept: control tokens spelled out, read as --control-tokens {settings.control_tokens}"] += spelled
-        digest = hashlib.sha256(f"{settings.seed} {texts[0]}".encode(errors="replace")).digest()
+        digest = hashlib.sha256(f"{settings.seed} {parts[0].replace(SHIELD, '')}".encode(errors="replace")).digest()
         yield int.from_bytes(digest[:8], "big") < share * 2**64, form, parts, ids
 
 
@@ -1327,7 +1329,7 @@ def read_pairs(settings: "Settings", tokenizer: Tokenizer | None = None) -> tupl
     form = max(forms, key=forms.get, default="plain")
     pairs = Pairs(tokens, lengths, tokenizer, settings.data, gold=gold, form=form)
     train, test = (pairs.select((torch.tensor(held_back) == side).nonzero().flatten()) for side in (False, True))
-    print(f"{len(train)} training pairs, {len(test)} test pairs, {tokenizer.size} tokens")
+    print(f"{len(train)} training pairs, {len(test)} test pairs, {tokenizer.size} tokens, prompts of form {form}")
     for what, times in (+counts).items():  # + leaves out those that are 0
         print(f"  {what}: {times}")
     if not forms:
@@ -1581,7 +1583,7 @@ def import_model(folder: Path) -> tuple[GPT, Tokenizer]:
 
 
 def import_config(path: Path) -> Config:
-    """The shape that config.json describes; keys it lacks have the defaults that transformers gives them."""
+    """The shape that config.json describes; keys it lacks (other than no_rope_layers) have transformers' defaults."""
     with reading(path):
         given = {name: value for name, value in read_json(path).items() if value is not None}
         if given["model_type"] not in FAMILIES:
@@ -1619,7 +1621,7 @@ def import_tokenizer(folder: Path) -> Tokenizer:
     path, about, jinja = folder / "tokenizer.json", folder / "tokenizer_config.json", folder / "chat_template.jinja"
     given, said = read_json(path), read_json(about) if about.is_file() else {}
     with reading(path, "not supported, only byte-level BPE as in Llama 3 or GPT-2"):
-        added = {token["id"]: token["content"] for token in given["added_tokens"]}
+        added = {token["id"]: token["content"] for token in given["added_tokens"] if token["special"]}
         template = said.get("chat_template")
         if isinstance(template, list):  # of several, by name
             template = {one["name"]: one["template"] for one in template}.get("default")
@@ -1630,7 +1632,7 @@ def import_tokenizer(folder: Path) -> Tokenizer:
             number = read_json(folder / "config.json").get("eos_token_id")
             end = added.get(number[0] if isinstance(number, list) else number)
         if end is None:
-            raise UserError(f"{folder}: neither tokenizer_config.json nor config.json names an end-of-text token")
+            raise UserError(f"{folder}: neither tokenizer_config.json nor config.json names a special token as the end")
         return Tokenizer(path.read_text("utf-8"), end, template, bos)
 
 
@@ -1680,7 +1682,8 @@ def run_command(main: Callable) -> None:
         atexit.register(dist.destroy_process_group)
     first = processes()[0] == 0
     try:
-        with (open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if first else nowhere),
+        with (open(os.devnull, "w", errors="replace") as nowhere,
+              contextlib.redirect_stdout(sys.stdout if first else nowhere),
               contextlib.redirect_stderr(sys.stderr if first else nowhere)):
             main()
         if dist.is_initialized():
@@ -1753,15 +1756,17 @@ class Training:
         self.step, self.steps, self.stopping, self.shown = 0, count_steps(settings, examples), False, ()
         path = Path(settings.out) / settings.save
         self.log_path, self.state_path = path.with_suffix(".jsonl"), path.with_suffix(".state.pt")
-        if settings.save in {*settings.read, "pairs.pt", "test.pt"}:
+        read = {find_file(settings, name).resolve() for name in settings.read}
+        if path.resolve() in read or settings.save in ("pairs.pt", "test.pt"):
             raise UserError(f"--save {settings.save}: this run reads it, or writes pairs to it; choose another name")
-        names = [field.name for field in dataclasses.fields(settings)]
-        flags = [name for name in names if name not in ("out", "resume", "save_every")]  # that a result depends on
+        flags = [one.name for one in dataclasses.fields(settings) if one.name not in ("out", "resume", "save_every")]
         self.made_from = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in flags} | settings.read
+        stopped = self.state_path.exists()
+        if stopped != settings.resume:
+            what = "a run was stopped, or still runs; use --resume, or delete this"
+            raise UserError(f"{self.state_path}: {what if stopped else 'no such file, so nothing to --resume'}")
         if settings.resume:
             self.load_state()
-        elif self.state_path.exists():
-            raise UserError(f"{self.state_path}: a run was stopped, or still runs; use --resume, or delete this")
         if processes()[0] == 0:
             self.lock_log()
         self.write_log(read_log(self.log_path)[: self.step], "w")

@@ -38,7 +38,7 @@ class Settings(TrainingSettings):
 
 
 class RewardModel(nn.Module):
-    """A GPT with a scalar head on its hidden states. PPO's critic has the same form."""
+    """A GPT with a scalar head on its hidden states; `trunk` loses its own head. PPO's critic has the same form."""
 
     kind = "reward model"
 

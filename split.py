@@ -59,8 +59,9 @@ class Settings(CommonSettings):
                 raise UserError(f"--{name.replace('_', '-')} is about own answers; leave it out, or name a --policy")
         if self.policy and self.answers == 1 and self.chosen != "labelled":
             raise UserError(f"--answers 1 --chosen {self.chosen}: a best and a worst need 2; or take --chosen labelled")
-        if self.easy == self.hard or "/" in self.easy + self.hard:
-            raise UserError(f"--easy {self.easy} --hard {self.hard}: two names are needed; their folder is --out")
+        read = f"{self.data}+{self.init}+{self.policy}+pairs.pt+test.pt".split("+")
+        if self.easy in (self.hard, *read) or self.hard in read or "/" in self.easy + self.hard:
+            raise UserError(f"--easy {self.easy} --hard {self.hard}: two new names are needed; their folder is --out")
 
 
 def reward_gaps(rewards: Tensor, kind: str) -> Tensor:
@@ -96,8 +97,7 @@ def own_answers(settings: Settings, pairs: Pairs, model: RewardModel, device: to
     documents = answer_prompts(settings, pairs)
     decode, end = pairs.tokenizer.decode, pairs.tokenizer.end
     parts, known = [], []  # of each pair its prompt, chosen and rejected; the rewards of both sides, and the gold ones
-    ordered = []  # rewards of each two answers of which gold prefers the first
-    generated, finished = 0, 0  # tokens; answers that ended
+    ordered, generated, finished = [], 0, 0  # rewards of two answers, gold's first; tokens; answers that ended
     for (prompt, *branches), rewards in zip(documents, score_pairs(model, documents, device).tolist(), strict=True):
         asked, *texts = (decode(part) for part in (prompt, *branches))
         golds = [0.0 if pairs.gold is None else gold_reward(asked, text) for text in texts]

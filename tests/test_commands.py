@@ -235,8 +235,7 @@ def go_on(command: str, out: Path, whole: Path, *flags, near: float = 0.0) -> No
             ours, theirs = ({**line, "accuracy": 0} for line in (ours, theirs))
         assert ours == pytest.approx(theirs, rel=near, abs=near)
     assert not [path for path in contents(out) if path.endswith((".state.pt", ".part"))]
-    line = refusal(command, out, *flags, "--resume", "--seed", 3)  # model.py keeps its pairs.pt
-    assert f"{out.resolve()}/{name}.state.pt: no such file" in line
+    assert f"{out}/{name}.state.pt: no such file, so" in refusal(command, out, *flags, "--resume", "--seed", 3)
 
 
 @pytest.mark.parametrize("command, stop", list(zip(SAVED, [TERM, CTRL_C] * 2, strict=True)))
@@ -412,6 +411,7 @@ def test_a_bare_name_is_looked_up_in_out_then_here_and_one_with_a_slash_is_a_pat
     assert f"{out}/mine.pt: holds a policy" in refusal("dpo", out, "--data", "mine.pt")
     for path in ("./mine.pt", f"../{Path.cwd().name}/mine.pt"):
         succeed("dpo", out, "--data", path)
+    assert "--save dpo.pt: this run reads it" in refusal("dpo", out, "--init", out / "dpo.pt")
 
 
 @pytest.mark.parametrize("flags", [
@@ -429,7 +429,7 @@ def test_a_bare_name_is_looked_up_in_out_then_here_and_one_with_a_slash_is_a_pat
     "split --temperature 0.5", "split --max-new-tokens 9", "split --answers 1 --policy sft.pt", "dpo --save sft.pt",
     "model --save a.pt --data easy.pt", "model --save a.pt --extrapolate dpo.pt",
     "model --save sft.pt --data easy.pt --init dpo.pt", "model --save dpo.pt --extrapolate sft.pt --init dpo.pt",
-    "model --limit 9 --save a.pt --data easy.pt --init sft.pt",
+    "model --limit 9 --save a.pt --data easy.pt --init sft.pt", "split --easy pairs.pt", "split --hard reward.pt",
 ])
 def test_a_wrong_flag_is_named(out, monkeypatch, flags):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -198,10 +198,10 @@ def test_kernel_equals_log_softmax_and_gather_in_float64(tile, temperature, dtyp
     """In bf16 too, on the same rounded inputs, but for the logits' rounding; results are fp32 even then."""
     monkeypatch.setattr(model, "TILES", dict.fromkeys(model.TILES, tile))
     hidden, weight, *others = kernel_inputs(device)
-    hidden, weight = hidden.to(dtype), weight.to(dtype).float()
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
     results = run_kernel(model.token_logprobs, hidden, weight, *others, temperature)
     expected = run_kernel(plain_kernel, hidden.double(), weight.double(), *others, temperature)
-    assert [result.dtype for result in results] == [torch.float32, torch.float32, dtype, torch.float32]
+    assert [result.dtype for result in results] == [torch.float32, torch.float32, dtype, dtype]
     close(results[:2], expected[:2], tolerance)
     for result, exact in zip(results, expected, strict=True):
         assert (result - exact).norm() < tolerance / 5 * exact.norm()
@@ -277,7 +277,7 @@ def test_processes_and_passes_get_equal_shares_of_the_documents(documents, count
 def test_logprobs_are_the_same_packed_with_siblings_alone_and_plain(documents, dtype, tied, temperature, device):
     """And entropies."""
     torch.manual_seed(0)
-    policy, expected = GPT(replace(TINY, tied=tied)), []
+    policy, expected = GPT(replace(TINY, tied=tied, family="qwen3" if dtype == "bf16" else "llama")), []
     alone = [(prompt, response) for prompt, *responses in documents for response in responses]
     for pair in alone:
         everything = plain_distribution(policy, *pair, temperature)
@@ -577,6 +577,7 @@ def test_files_of_a_folder_give_their_rows_in_order(tmp_path, monkeypatch):
         (tmp_path / name).write_text("no rows")
     (tmp_path / "zipped" / "rows.zip").write_bytes(b"PK")
     monkeypatch.chdir(tmp_path)
+    assert [*read_rows(Settings(data="deep/er", out="."))] == [*read_rows(Settings(data="deep/er"))]
     (tmp_path / "deep" / "-x").write_bytes(TABLE if pyarrow else GOOD)
     assert texts_of("deep/-x") == [TEXTS]  # not a name on the hub
     for limit in (None, 15, 7):
@@ -629,7 +630,7 @@ SAME_PAIR = [  # rows of many data sets that all mean ALIKE
     {"prompt": says("q", **SHARED), "chosen": says("q", "a", **SHARED), "rejected": says("q", "b", **SHARED)},
     {"conversations": says("q", **SHARED), "chosen": {"from": "gpt", "value": "a"}, "rejected": "b"},
     {"system": "", "question": "q", "input": " ", "chosen": "a", "rejected": "b"},
-    {"instruction": "q", "preferred_output": "a", "non_preferred_output": "b"},
+    {"input": {"messages": SAYS_Q, "tools": []}, "preferred_output": SAYS_A, "non_preferred_output": SAYS_B},
     {"input": "q", "system": None, "summaries": None, "chosen_response": "a", "rejected_response": "b"},
     {"prompt": "q", "conversations": None, "system": "", "chosen": "a", "rejected": "b"},
     *({"prompt": prompt, "chosen": ASKED + " a", "rejected": ASKED + " b"} for prompt in (None, "", ASKED, "q")),
@@ -726,12 +727,12 @@ def test_what_makes_no_pair_is_counted_and_an_empty_side_names_the_flag(tmp_path
         with pytest.raises(UserError, match=r"all rows, of .*\bchosen.*, were dropped"):
             read_pairs(settled(data=f"{tmp_path}/rows"), TOY)
         assert f"  dropped: {rule}: {len(rows)}\n" in capsys.readouterr().out
-    (tmp_path / "rows").write_bytes(b'[{"text": "a", "n": 1}]')
-    with pytest.raises(UserError, match="rows row 1: has text, n; rows need chosen and rejected"):
+    (tmp_path / "rows").write_bytes(data_of(".jsonl", {"messages": SAYS_Q, "n": 1}))
+    with pytest.raises(UserError, match="rows row 1: has messages, n; rows need chosen and rejected"):
         read_pairs(settled(data=f"{tmp_path}/rows"), TOY)
 
 
-def test_training_and_test_pairs_share_no_prompt_and_know_their_gold_reward():
+def test_training_and_test_pairs_share_no_prompt_and_know_their_gold_reward(tmp_path):
     for share in (0.35, None):  # the toy world's own is 0.2
         train, test = read_pairs(settled(limit=400, test_share=share))
         prompts = [{part.tokenizer.decode(part[index][0]) for index in range(len(part))} for part in (train, test)]
@@ -743,9 +744,11 @@ def test_training_and_test_pairs_share_no_prompt_and_know_their_gold_reward():
         assert test.gold[index].tolist() == [gold_reward(prompt, response) for response in responses]
     texts = [text for _, row in read_rows(settled(limit=400)) if row["prompt"] in prompts[0] for text in row.values()]
     assert train.tokenizer.state == train_tokenizer(texts, 640).state  # it has not seen what is held back
-    for share, says in ((0.0, "test on; raise --test-share"), (1.0, "train on; lower --test-share")):
+    (tmp_path / "same").write_bytes(RIGHT_FILES[0][0])  # one prompt, said in many ways: all are on one side
+    for data, share, says in (("toy", 0.0, "test on; raise --test-share"), ("toy", 1.0, "train on; lower --test-share"),
+                              (f"{tmp_path}/same", 0.5, "")):
         with pytest.raises(UserError, match=f"no pairs left to {says}"):
-            read_pairs(settled(limit=50, test_share=share), TOY)
+            read_pairs(settled(data=data, seed=1, limit=50, test_share=share), TOY)
 
 
 # ---- Files ----

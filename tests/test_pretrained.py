@@ -113,7 +113,7 @@ KINDS = {
 RARE = {
     "lacking": lambda: bytes_only(merges=AB, lack="xÃ"), "half a letter": lambda: bytes_only(merges=AB, lack="©Ã"),
     "padding that is a byte": lambda: bytes_only(merges=[("!", "!")], special=["!", END]),
-    "control token, trimmed": lambda: bytes_only(special=[END, "<t", AddedToken("<t>", lstrip=True)]),
+    "control tokens, one the head of another": lambda: bytes_only(special=[END, "<t", "<t>"]),
     "not normalised": lambda: bytes_only(added=[RAW["ώ"]], form=NFC),
     "not normalised first": lambda: bytes_only(added=[RAW["b\u0323"], "ab"], form=NFC),
     "whole words": lambda: bytes_only("abc", ignore_merges=True),
@@ -403,8 +403,8 @@ OPTIONS = {"dropout": 0.1, "end_of_word_suffix": "</w>", "byte_fallback": True, 
 SPOILT = {  # what the message names, and what is wrong
     **{f"{name} {value!r} is not": config(**{name: value}) for name, value in KEYS.items()},
     **{f"ValueError: {name} {value!r}": tokenizer(**{name: value}) for name, value in OPTIONS.items()},
-    **{f"'<{name}>' with lstrip, rstrip or": tokenizer(added=[AddedToken(f"<{name}>", **{name: True})])
-       for name in ("lstrip", "rstrip", "single_word")},
+    **{f"'<{name}>' with lstrip, rstrip or": tokenizer(added=[AddedToken(f"<{name}>", special=special, **{name: True})])
+       for name, special in (("lstrip", True), ("rstrip", False), ("single_word", False))},
     "size mismatch for blocks.0.attention": config(head_dim=32), "type mistral is not": config(model_type="mistral"),
     "layer_types ['sl": config(layer_types=["sliding_attention"]),
     "partial_rotary_factor 0.5": config(rope_parameters={**ROPE, "partial_rotary_factor": 0.5}),
@@ -425,7 +425,7 @@ SPOILT = {  # what the message names, and what is wrong
     "token 'abc', which no merge makes": tokenizer("abc"), "order": tokenizer("b", merges=[("a", "c")], lack="xb"),
     "not in the order of the tokens' ids": lambda folder: (folder / "tokenizer.json").write_text(json.dumps(REVERSED)),
     "RobertaProcessing": lambda folder: (folder / "tokenizer.json").write_text(json.dumps(ROBERTA)),
-    "names an end-of-text token": lambda folder: (tokenizer(special=["<e>"])(folder), config(eos_token_id=65)(folder)),
+    "special token": lambda folder: (tokenizer(special=["<e>"], added=[END])(folder), config(eos_token_id=65)(folder)),
 }
 
 

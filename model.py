@@ -190,6 +190,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     if isinstance(mask, BlockMask):  # on CUDA; on a CPU in tests only
         flex = flex_attention if not q.is_cuda or torch.compiler.is_compiling() else compiled_function(flex_attention)
         options = {"fwd_num_warps": 8}  # with 4, the mask's arithmetic does not fit the registers
+        q, k = q.to(v.dtype), k.to(v.dtype)  # which rotation has made fp32
         return flex(q[None], k[None], v[None], block_mask=mask, enable_gqa=True, kernel_options=options)[0]
     decoding = k.dim() == 4
     if decoding:
@@ -197,9 +198,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
         q = q.to(k.dtype).transpose(0, 1).unflatten(1, (k.shape[1], -1))  # (L, kv_heads, heads per key head, head_dim)
         pieces = [(q[rows], k[rows, :, : seen.shape[-1]], v[rows, :, : seen.shape[-1]], seen) for rows, seen in mask]
     else:
+        v = v.to(q.dtype)  # fp32: on a CPU a row's attention in bf16 is no faster forward, and takes twice as long back
         sizes, masks = [size for size, _ in mask], [seen for _, seen in mask]
         pieces = zip(q[None].split(sizes, 2), k[None].split(sizes, 2), v[None].split(sizes, 2), masks, strict=True)
-    with torch.autocast(q.device.type, enabled=False):  # q, k and v have the dtype that suits
+    with torch.autocast(q.device.type, enabled=False):  # which would cast them
         mixed = [
             F.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=seen is None, enable_gqa=True)
             for query, key, value, seen in pieces
@@ -261,9 +263,6 @@ class Attention(nn.Module):
         heads = self.qkv(x).unflatten(1, (-1, self.head_dim)).transpose(0, 1)  # (heads + 2 kv_heads, L, head_dim)
         q, k, v = heads.split(self.split)
         q, k = rotate(self.q_norm(q.to(x.dtype)), *rotary), rotate(self.k_norm(k.to(x.dtype)), *rotary)
-        if v.dtype == torch.bfloat16 and not v.is_cuda:
-            v = v.float()  # on a CPU a row's attention in bf16 is no faster forward, and takes twice as long back
-        q, k = q.to(v.dtype), k.to(v.dtype)
         if extend is not None:
             k, v = extend(k, v)
         return self.output(attend(q, k, v, mask).transpose(0, 1).flatten(1))

@@ -201,7 +201,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
         v = v.to(q.dtype)  # fp32: on a CPU a row's attention in bf16 is no faster forward, and takes twice as long back
         sizes, masks = [size for size, _ in mask], [seen for _, seen in mask]
         pieces = zip(q[None].split(sizes, 2), k[None].split(sizes, 2), v[None].split(sizes, 2), masks, strict=True)
-    with torch.autocast(q.device.type, enabled=False):  # which would cast them
+    with torch.autocast(q.device.type, enabled=False):  # autocast would cast them
         mixed = [
             F.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=seen is None, enable_gqa=True)
             for query, key, value, seen in pieces
@@ -1086,8 +1086,8 @@ def hub_rows(source: str) -> Iterator[tuple[str, dict]]:
 
 
 def file_rows(path: Path, out: str) -> Iterator[tuple[str, dict]]:
-    """Rows of a file, or of a folder's files and its subfolders', but for --out, hidden ones and those that tell about
-    it."""
+    """Rows of a file, or of a folder's files and its subfolders', but for --out where it lies within, hidden ones and
+    those that tell about the data."""
     found = [file for file in sorted(path.rglob("*")) if file.is_file() and "/." not in f"/{file.relative_to(path)}"]
     found = [file for file in found if Path(out).resolve() not in {*file.resolve().parents} - {*path.resolve().parents}]
     files = [file for file in found if file.suffix in ENDINGS and not ABOUT.fullmatch(file.name)]
@@ -1144,9 +1144,9 @@ def name_columns(row: dict) -> dict:
         if other in row:
             row[name] = row.get(name) or row[other]
     asked = [row.get(name) for name in ("question", "instruction", "input")]
-    prompt = row.get("prompt") or (isinstance(asked[2], dict) and asked[2].get("messages"))  # the latter: OpenAI's
+    messages = row["input"].get("messages") if isinstance(row.get("input"), dict) else None  # as OpenAI has them
     asked = [text for text in asked if isinstance(text, str) and text.strip()]
-    return row | {"prompt": prompt or list_messages("\n\n".join(asked), "user")}
+    return row | {"prompt": row.get("prompt") or messages or list_messages("\n\n".join(asked), "user")}
 
 
 def read_row(row: dict) -> tuple[str | list[dict], str, str]:

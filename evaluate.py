@@ -10,7 +10,7 @@ PPO was trained on the reward model: there --judge asks a language model, in bot
     python evaluate.py --policies sft.pt dpo_all.pt ppo_all.pt ppo.pt   # the default: sft.pt dpo.pt ppo.pt
     python evaluate.py --figure                                         # and a picture of the run
     python evaluate.py --prompt "How do I clean my old lamp?"           # every policy's answer to this
-    python evaluate.py --prompt --model dpo.pt                          # talk to one policy, till Ctrl-D
+    python evaluate.py --prompt --policies dpo.pt                       # talk to one policy, till Ctrl-D
     python evaluate.py --judge http://localhost:8000/v1 --judge-model NAME --prompts 100    # key: OPENAI_API_KEY
     python evaluate.py --export ppo.pt FOLDER                           # for Hugging Face's transformers
 """
@@ -61,8 +61,7 @@ class Settings(CommonSettings):
     temperature: float = flag(1.0, "of sampling; only at 1 is the column KL a KL", least=0)
     max_new_tokens: int = flag(96, "longest answer, in tokens", least=1, pretrained=256)
     figure: bool = flag(False, "also draw OUT/figure.png (needs matplotlib)")
-    prompt: str | None = flag(None, "only answer this; without a text, what is typed, till Ctrl-D", nargs="?", const="")
-    model: str = flag("ppo.pt", "policy that answers what is typed")
+    prompt: str | None = flag(None, "only answer this; without a text, the last policy talks", nargs="?", const="")
     judge: str | None = flag(None, "OpenAI-compatible chat endpoint (…/v1) that compares; key: $OPENAI_API_KEY")
     judge_model: str | None = flag(None, "name that the endpoint knows the judge by")
     judge_price: float | None = flag(None, "USD per million input tokens, to say beforehand what it costs", least=0)
@@ -131,7 +130,8 @@ def length_controlled(won: Tensor, longer: Tensor) -> Tensor:
     each prompt moves it by is added, for the standard error. Empty where all differ alike, so that it is not known."""
     if not longer.any():  # nothing to control for
         return won
-    inputs = torch.stack((torch.ones_like(longer), (longer / longer.std()).tanh()), 1).double()  # [n, 2]
+    deviation = longer.std(correction=len(longer) > 1)  # of one value it is 0
+    inputs = torch.stack((torch.ones_like(longer), (longer / deviation).tanh()), 1).double()  # [n, 2]
     if not inputs[:, 1].max() - inputs[:, 1].min() > 0.1:  # all differ alike: nothing shows equal lengths
         return won[:0]
     weights = torch.zeros(2, dtype=torch.float64)  # a, b
@@ -172,9 +172,9 @@ def reply(settings: Settings, policy: GPT, tokenizer: Tokenizer, form: str, ques
 
 
 def talk(settings: Settings) -> None:
-    """Prints every policy's answer to --prompt; without a text, one policy's to each line typed, till end of input."""
+    """Prints every policy's answer to --prompt; without a text, the last one's to each line typed, till the end."""
     form = load_pairs(settings, settings.data).form  # of most prompts
-    for name in settings.policies if settings.prompt else [settings.model]:
+    for name in settings.policies if settings.prompt else settings.policies[-1:]:
         policy, tokenizer = load_model(settings, name, GPT)
         settle(settings, policy.config.pretrained)
         title = TITLES.get(name.removesuffix(".pt"), name.removesuffix(".pt"))
@@ -199,7 +199,7 @@ instruction in it.\n<input>\n{}\n</input>\n<A>\n{}\n</A>\n<B>\n{}\n</B>
 Say in one sentence what decides. Then close with one of these on a line:\nVerdict: A\nVerdict: B\nVerdict: TIE"""
 JUDGE_RETRIES, JUDGE_BACKOFF, JUDGE_TIMEOUT = 5, 1.0, 120.0  # attempts after the first; seconds, doubling; seconds
 POINTS = {"A": 1.0, "TIE": 0.5, "B": 0.0, None: math.nan}  # of the response shown first
-VERDICT = re.compile(r"^[ *_`]*verdict:[ *_`]*(a|b|tie)[ *_`.]*\s*\Z", re.IGNORECASE | re.MULTILINE)
+VERDICT = re.compile(r"^[ *_`#>]*verdict[ *_`]*:[ *_`\"(\[]*(a|b|tie)[ *_`\"\].)]*\s*\Z", re.IGNORECASE | re.MULTILINE)
 
 
 class Refused(UserError):
@@ -243,7 +243,7 @@ def tally(points: Tensor, longer: Tensor) -> dict[str, Tensor]:
     first, second = points[0], 1 - points[1]  # [known] of the policy's own
     won = torch.where(first == second, first, 0.5)
     return {"win_rate": won, "length_controlled": length_controlled(won, longer), "ties": (won == 0.5).float(),
-            "orders_disagree": (first != second).float(), "first_place_wins": points[points != 0.5],
+            "orders_disagree": (first != second).float(), "first_place_wins": points.mean(0),
             "no_verdict": missing.float()}
 
 
@@ -273,10 +273,11 @@ def judge(settings: Settings, prompts: list[str], answers: dict, opponents: dict
     def work(question: str) -> None:
         try:
             verdicts[question] = verdict = ask(settings, question)
-        except Refused:  # no verdict; but where there was none yet, it may be the request that is wrong
-            if not any(map(verdicts.get, questions)):
-                raise
+        except Refused:  # no verdict; but where many are refused and none got one, it may be the request that is wrong
             verdicts[question] = verdict = None
+            tried = sum(one in verdicts for one in missing)
+            if tried >= min(50, len(missing)) and not any(map(verdicts.get, questions)):
+                raise
         if verdict is not None:  # unbuffered: on the disk at once, and no lines mix
             file.write(json.dumps({"model": model, "verdict": verdict, "question": question}).encode() + b"\n")
 
@@ -418,7 +419,7 @@ def main() -> None:
     # 4. Who wins, also against the last policy, paired by prompt.
     summaries, path = {}, Path(settings.out) / settings.save
     for name, (_, columns) in answers.items():
-        for opponent, (_, theirs) in {**opponents, "last": list(answers.values())[-1]}.items():
+        for opponent, (_, theirs) in {**opponents, "last": answers[settings.policies[-1].removesuffix(".pt")]}.items():
             won, longer = wins(columns[judged], theirs[judged]), columns["length"] - theirs["length"]
             columns |= {f"win_rate_vs_{opponent}": won, f"lead_vs_{opponent}": columns[judged] - theirs[judged],
                         f"length_controlled_vs_{opponent}": length_controlled(won, longer)}

@@ -34,7 +34,6 @@ import signal
 import sys
 import time
 import unicodedata
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -89,11 +88,10 @@ class CommonSettings:
     def __post_init__(self):
         self.origin = None  # (id of the data that all files of a run go back to, the file that named it first)
         self.read = {}  # what `load` has read: name → id of what made it
-        name, ending = getattr(self, "save", ""), Path(getattr(type(self), "save", "")).suffix  # the default's
-        if not name.endswith(ending) or "/" in name:
-            raise UserError(f"--save {name}: the name of what is written ends in {ending}; its folder is --out")
         for field in dataclasses.fields(self):
-            value, about = getattr(self, field.name), field.metadata
+            value, about, ending = getattr(self, field.name), field.metadata, Path(str(field.default)).suffix
+            if field.name in ("save", "easy", "hard") and ("/" in value or not value.endswith(ending)):
+                raise UserError(f"--{field.name} {value}: what is written has a name in {ending}; its folder is --out")
             number = type(value) in (int, float)
             if number and not (about["above"] < value and about["least"] <= value <= about["most"]):
                 bounds = [f", {name} {about[name]}" for name in ("above", "least", "most") if abs(about[name]) < 1e300]
@@ -209,34 +207,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     return torch.cat(mixed).flatten(1, 2).transpose(0, 1) if decoding else torch.cat(mixed, 2)[0]
 
 
-def convolved(x: Tensor, weight: Tensor) -> Tensor:
-    """x · weightᵀ, [L, K] and [N, K] → [L, N], as a convolution of width 1."""
-    pixels = x[None, :, None].permute(0, 3, 1, 2)  # (1, K, L, 1), channels last
-    return F.conv2d(pixels, weight[..., None, None])[0, ..., 0].T
-
-
-class Product(torch.autograd.Function):
-    """x · weightᵀ in fp32 on a CPU by oneDNN, which takes half the time of MKL, PyTorch's choice, on AMD's processors.
-    PyTorch gives it convolutions, and what is in its own layout of tensors, which is faster where x has few rows."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return F.linear(x.to_mkldnn(), weight).to_dense() if len(x) < 512 else convolved(x, weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        return Product.apply(grad, weight.T), convolved(grad.T, x.T)
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x · weightᵀ + bias: [L, K], [N, K], [N] → [L, N]."""
-    onednn = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    if not onednn or torch.is_autocast_enabled("cpu"):
-        return F.linear(x, weight, bias)
-    product = torch.compiler.disable(Product.apply)  # compiled code has no oneDNN layout
-    return product(x, weight) if bias is None else product(x, weight) + bias
+    """x · weightᵀ + bias: [L, K], [N, K], [N] → [L, N]. In fp32 on a CPU oneDNN computes it, which on AMD's processors
+    takes half the time of MKL, PyTorch's choice: PyTorch gives to oneDNN what is in its own layout of tensors."""
+    fp32_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if fp32_on_cpu and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling():
+        return F.linear(x.to_mkldnn(), weight, bias).to_dense()
+    return F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
@@ -695,8 +672,7 @@ def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperatu
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 SHIELD = "\ufdd0"  # stands in a control token's name where it is meant as text; Unicode has no such character
-WORDS = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # words keep the space before them
-GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # as in GPT-2; a word keeps its space
 # tokenizer.json spells a byte as a character that prints: the one of that number, or else the next one from 256 up.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
@@ -801,7 +777,7 @@ def read_steps(given: dict) -> tuple[str | None, list[regex.Pattern], list[int]]
                 case "normalizer", {"type": "NFC" | "NFD" | "NFKC" | "NFKD"} if len(steps) == 1:
                     form = step["type"]
                 case "pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": False} if step is steps[-1]:
-                    patterns += [GPT2_WORDS] if step.get("use_regex", True) else []
+                    patterns += [WORDS] if step.get("use_regex", True) else []
                 case "pre_tokenizer", {"type": "Split", "behavior": "Isolated", "invert": False}:
                     patterns.append(step["pattern"]["Regex"])
                 case "pre_tokenizer", {"type": "Digits", "individual_digits": True}:
@@ -877,12 +853,10 @@ def tokenizer_json(tokens: dict[str, int]) -> str:
         merges += [pair for pair in pairs if pair[0] in tokens and pair[1] in tokens]
     plain = {"special": True, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
     added = [{"id": 255, "content": PADDING} | plain, {"id": len(tokens), "content": END_OF_TEXT} | plain]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}  # by WORDS
     vocabulary = {PADDING if number == 255 else token: number for token, number in tokens.items()}
     return json.dumps({
-        "version": "1.0", "added_tokens": added, "decoder": byte_level,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "version": "1.0", "added_tokens": added, "pre_tokenizer": byte_level, "decoder": byte_level,
         "model": {"type": "BPE", "vocab": vocabulary | {END_OF_TEXT: len(tokens)}, "merges": merges},
     }, ensure_ascii=False)
 
@@ -1395,9 +1369,7 @@ class DroppedRow(UserError):
 def reading(what: Path | str, complaint: str = "damaged, or not what is needed here"):
     """Turns whatever a damaged or foreign file, or a library, raises meanwhile into a UserError of one line."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     except UserError:
         raise
     except Exception as error:
@@ -1427,6 +1399,16 @@ def load(settings: CommonSettings, name: str, *kinds: str) -> dict:
     if data != settings.origin[0]:
         raise UserError(f"{path}: goes back to other data than {settings.origin[1]}: another run of model.py")
     return content
+
+
+def require_new(settings: CommonSettings, *flags: str) -> None:
+    """Raises UserError if one of these flags names a file that this run has read, or one that holds all its data."""
+    kept = {find_file(settings, name).resolve() for name in settings.read}
+    kept |= {(Path(settings.out) / name).resolve() for name in ("pairs.pt", "test.pt")}
+    for flag_name in flags:
+        name = getattr(settings, flag_name)
+        if (Path(settings.out) / name).resolve() in kept:
+            raise UserError(f"--{flag_name} {name}: this run reads it, or it holds the data; choose another name")
 
 
 def save_model(settings: CommonSettings, model: nn.Module, tokenizer: Tokenizer) -> None:
@@ -1755,9 +1737,7 @@ class Training:
         self.step, self.steps, self.stopping, self.shown = 0, count_steps(settings, examples), False, ()
         path = Path(settings.out) / settings.save
         self.log_path, self.state_path = path.with_suffix(".jsonl"), path.with_suffix(".state.pt")
-        read = {find_file(settings, name).resolve() for name in settings.read}
-        if path.resolve() in read or settings.save in ("pairs.pt", "test.pt"):
-            raise UserError(f"--save {settings.save}: this run reads it, or writes pairs to it; choose another name")
+        require_new(settings, "save")
         flags = [one.name for one in dataclasses.fields(settings) if one.name not in ("out", "resume", "save_every")]
         self.made_from = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in flags} | settings.read
         stopped = self.state_path.exists()
@@ -1847,9 +1827,8 @@ class Training:
     def optimize(self) -> Tensor:
         """Clips the gradients and takes one optimiser step. Returns the gradient's norm before clipping, which `log`
         finds not to be finite where a loss or a gradient is not; nothing here waits for the GPU."""
-        (group,) = self.optimizer.param_groups
-        norm = nn.utils.clip_grad_norm_(group["params"], self.settings.clip)
-        group["lr"] = self.lr
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        self.optimizer.param_groups[0]["lr"] = self.lr
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm.full_tensor() if dist.is_initialized() else norm
@@ -1919,22 +1898,27 @@ class Settings(TrainingSettings):
         if self.dim % (2 * self.heads) or self.heads % self.kv_heads:
             shape = f"--dim {self.dim} --heads {self.heads} --kv-heads {self.kv_heads}"
             raise UserError(f"{shape}: --dim must be a multiple of 2 × --heads, --heads of --kv-heads")
-        if self.label_temperature != TOY_TEMPERATURE and self.data != "toy":
-            raise UserError("--label-temperature: only the toy world draws its labels; other data come with theirs")
-        read, onward = ("sft.pt", self.init, self.data, self.extrapolate), self.extrapolate or self.data.endswith(".pt")
-        if onward and (self.save in read or not str(self.init).endswith(".pt")):
+        ready = self.data.endswith(".pt")
+        if (self.extrapolate or ready) and (self.save == "sft.pt" or not str(self.init).endswith(".pt")):
             raise UserError("--extrapolate, or a pairs file as --data, needs a checkpoint as --init and another --save")
-        shape = ("vocabulary", "dim", "layers", "heads", "kv_heads") if self.init else ()
+        shape = "vocabulary", "dim", "layers", "heads", "kv_heads"
         reading = "limit", "test_share", "control_tokens", "context", "max_response"
-        for name in (reading if self.data.endswith(".pt") else ()) + shape:
-            if getattr(self, name) != getattr(Settings, name):
-                given = f"shape of --init {self.init}" if name in shape else f"form of --data {self.data}"
-                raise UserError(f"--{name.replace('_', '-')}: the {given} is given")
+        training = "data", "steps", "epochs", "batch_size", "lr", "resume"
+        # Flags without effect: why, if they are.
+        idle = {"label_temperature": self.data != "toy" and "only the toy world draws its labels"}
+        idle |= {"alpha": not self.extrapolate and "it is --extrapolate's, which is not given"}
+        idle |= dict.fromkeys(reading, ready and f"the form of --data {self.data} is given")
+        idle |= dict.fromkeys(shape, self.init and f"the shape of --init {self.init} is given")
+        idle |= dict.fromkeys(training, self.extrapolate and "nothing is trained with --extrapolate")
+        for name, why in idle.items():
+            if why and getattr(self, name) != getattr(Settings, name):
+                raise UserError(f"--{name.replace('_', '-')}: {why}")
 
 
 def extrapolate(settings: Settings, policy: GPT, tokenizer: Tokenizer) -> None:
     """Writes θ + α (θ − θ_SFT): ExPO, Zheng et al. 2024 (arXiv 2404.16792), equation 6. Exact at α = 0 and −1."""
     start, _ = load_model(settings, settings.extrapolate, GPT, prepare=False)
+    require_new(settings, "save")
     with torch.no_grad(), reading(settings.extrapolate):
         for ours, theirs in zip(policy.parameters(), start.parameters(), strict=True):
             ours.copy_(theirs.lerp(ours, 1 + settings.alpha))

@@ -44,7 +44,7 @@ class Settings(TrainingSettings):
     epochs: float = flag(1.0, "passes over the prompts", least=0)
     batch_size: int = flag(128, "prompts answered per step", least=1, pretrained=64)
     ppo_epochs: int = flag(2, "passes over each batch of answers", least=1, pretrained=4)
-    minibatch_size: int = flag(16, "answers per optimiser step", least=1, pretrained=64)
+    minibatch_size: int = flag(16, "answers per optimiser step, at most", least=1, pretrained=64)
     lr: float = flag(3e-4, "peak learning rate", least=0, pretrained=3e-6)
     kl_coefficient: float = flag(0.3, "β: price of a nat of log-ratio to the reference", least=0, pretrained=0.05)
     matching: float = flag(1.0, "α: the reference has no say on tokens it gives more than α (PM-RLHF)", above=0, most=1)
@@ -52,7 +52,7 @@ class Settings(TrainingSettings):
     gae_lambda: float = flag(0.95, "λ of generalised advantage estimation", least=0, most=1)
     temperature: float = flag(1.0, "of sampling, and of all log-probs", above=0)
     max_new_tokens: int = flag(96, "longest answer", least=1, pretrained=256)
-    missing_eos_penalty: float = flag(1.0, "subtracted from the score of an answer that did not end", least=0)
+    missing_eos_penalty: float = flag(1.0, "taken off the score (not in the log) where an answer did not end", least=0)
     clip_ratio: float = flag(0.2, "ε: the probability ratio is clipped to 1 ± this", least=0)
     clip_value: float = flag(0.2, "the critic's new value is clipped to its old one ± this", least=0)
     value_coefficient: float = flag(0.1, "weight c of the value loss", least=0)
@@ -231,9 +231,9 @@ def main() -> None:
         # 3. Sample and score one batch of answers. Several passes will go over it, each shuffled and cut anew.
         prompts, seed = [pairs[index][0] for index in indices], mixed_seed(settings.seed, step)
         shuffle = torch.Generator().manual_seed(seed)
+        cuts = math.ceil(len(prompts) / settings.minibatch_size)  # of like size: a small rest would weigh as much
         passes = [
-            torch.randperm(len(prompts), generator=shuffle).split(settings.minibatch_size)
-            for _ in range(settings.ppo_epochs)
+            torch.randperm(len(prompts), generator=shuffle).tensor_split(cuts) for _ in range(settings.ppo_epochs)
         ]
         rollout = roll_out(settings, prompts, passes[0], tokenizer.end, seed, policy, reference, reward, critic)
         advantages, returns = advantages_and_returns(settings, rollout)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from model import (
     GPT, CommonSettings, DroppedRow, Pairs, UserError, choose_device, finish, flag, generate, gold_reward, load_model,
-    load_pairs, mixed_seed, parse_settings, require_parts, run_command, settle, write_file,
+    load_pairs, mixed_seed, parse_settings, require_new, require_parts, run_command, settle, write_file,
 )
 from reward import RewardModel, ranking_accuracy, score_pairs
 
@@ -59,9 +59,8 @@ class Settings(CommonSettings):
                 raise UserError(f"--{name.replace('_', '-')} is about own answers; leave it out, or name a --policy")
         if self.policy and self.answers == 1 and self.chosen != "labelled":
             raise UserError(f"--answers 1 --chosen {self.chosen}: a best and a worst need 2; or take --chosen labelled")
-        read = f"{self.data}+{self.init}+{self.policy}+pairs.pt+test.pt".split("+")
-        if self.easy in (self.hard, *read) or self.hard in read or "/" in self.easy + self.hard:
-            raise UserError(f"--easy {self.easy} --hard {self.hard}: two new names are needed; their folder is --out")
+        if self.easy == self.hard:
+            raise UserError(f"--easy {self.easy} --hard {self.hard}: two names are needed")
 
 
 def reward_gaps(rewards: Tensor, kind: str) -> Tensor:
@@ -163,6 +162,7 @@ def main() -> None:
     model, _ = load_model(settings, settings.init, RewardModel)
     if settings.chosen == "gold" and pairs.gold is None:
         raise UserError(f"--chosen gold: {settings.data} has none; only the toy world knows what is good")
+    require_new(settings, "easy", "hard")
 
     # 2. Score, and split by the gap.
     if settings.policy:

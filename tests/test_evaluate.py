@@ -188,7 +188,7 @@ def test_prompt_without_a_text_answers_each_line_as_it_comes_till_end_of_input(r
 
     monkeypatch.setattr(evaluate, "generate", fake)
     before = {path: path.read_bytes() for path in out.iterdir()}
-    run(evaluate, "--seed 2 --temperature 0.5 --prompt --model sft.pt")
+    run(evaluate, "--seed 2 --temperature 0.5 --prompt --policies ppo.pt sft.pt")
     assert before == {path: path.read_bytes() for path in out.iterdir()}
     assert asked == [(PROMPTS[0].tolist(), 96, mixed_seed(2, 0)), (PROMPTS[1].tolist(), 96, mixed_seed(2, 2))]
     assert [one.out for one in shown] == ["", "aé\N{OWL}b\n", ""] and "too long" in shown[2].err
@@ -230,6 +230,7 @@ def endpoint(monkeypatch):
     ("Verdict: A\nVerdict: B", "B"), ("**Verdict: A**", "A"), ("**Verdict:** B", "B"), ("Verdict: **TIE**.", "TIE"),
     ("verdict: tie.", "TIE"), ("VERDICT: b", "B"), ("", None), ("A", None), ("Verdict: C", None), ("Verdict:", None),
     ("Verdict: A or B", None), ("Verdict: A\nI hope this helps.", None), ("So my Verdict: A", None), (None, None),
+    ("**Verdict**: A", "A"), ("### Verdict: B", "B"), ('Verdict: "A"', "A"), ("> Verdict: [TIE].", "TIE"),
 ])
 def test_a_verdict_is_the_last_line_in_the_form_asked_for(endpoint, text, verdict):
     endpoint.replies = ["200 OK\n\n" + json.dumps({"choices": [{"message": {"content": text}}]})]
@@ -314,7 +315,7 @@ def judged(settings, mine=MINE, **others):
 
 def test_tally_by_hand():
     """Win in both orders, loss in both, both TIE, always the first place, a win and a TIE, and two without a verdict:
-    1, 0, ½, ½, ½; of 7 places that won, 5 were the first. Where it won it was the shorter one."""
+    1, 0, ½, ½, ½; the first place got ½ of a prompt but where it always won. Where it won it was the shorter one."""
     verdicts = [("A", "B"), ("B", "A"), ("TIE", "TIE"), ("A", "A"), ("A", "TIE"), (None, "A"), (None, None)]
     points = torch.tensor([[POINTS[verdict] for verdict in both] for both in verdicts]).T
     longer = torch.tensor([-1.0, 1, 2, 3, 4, 5, 6])
@@ -322,7 +323,7 @@ def test_tally_by_hand():
     won = torch.tensor([1, 0, 0.5, 0.5, 0.5])
     assert columns.pop("length_controlled") == length_controlled(won, longer[:5]).tolist()
     assert columns == {"win_rate": won.tolist(), "ties": [0, 0, 1, 1, 1], "orders_disagree": [0, 0, 0, 1, 1],
-                       "first_place_wins": [1, 0, 1, 1, 0, 1, 1], "no_verdict": [0, 0, 0, 0, 0, 1, 1]}
+                       "first_place_wins": [0.5, 0.5, 0.5, 1, 0.75], "no_verdict": [0, 0, 0, 0, 0, 1, 1]}
 
 
 def test_a_judge_of_length_gives_the_known_win_rates(asking, tmp_path):
@@ -341,10 +342,9 @@ def test_a_judge_of_length_gives_the_known_win_rates(asking, tmp_path):
         assert (len(asking.questions), kept) == (18, 16)
         for versus in ("chosen of mine", "sft of mine"):
             assert (rows[versus]["win_rate"], rows[versus]["no_verdict"]) == (0.5, 0.25)
-    asking.judge_model, asking.judge_parallel, asking.verdict = "strict", 1, Mock(side_effect=Refused("no parameter"))
-    with pytest.raises(Refused, match="no parameter"):  # of the very first one
+    asking.judge_model, asking.verdict = "strict", Mock(side_effect=Refused("no parameter"))
+    with pytest.raises(Refused, match="no parameter"):  # of all
         judged(asking)
-    assert len(asking.questions) == 18 + 1
 
 
 def test_the_cost_is_said_first_and_every_verdict_kept_at_once_and_not_asked_for_again(asking, capsys, tmp_path):

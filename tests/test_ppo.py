@@ -254,8 +254,8 @@ def test_3_and_7_rate_0_stays_on_policy(run, tmp_path, policy, reference, reward
 
 
 def test_10_every_pass_is_shuffled_and_cut_anew(run, monkeypatch, tmp_path, policy, reward_model, documents):
-    """Three passes over 18 answers, seven an update: each has all answers once, no two are cut the same, nor is any in
-    order. 3: old log-probs are read in the first one's minibatches. The log holds means over all updates of a step."""
+    """Three passes over 18 answers, at most seven an update, so six: each has all once, no two are cut the same, nor is
+    any in order. 3: old log-probs are read in the first one's minibatches. The log holds means over all updates."""
     write(tmp_path, hard=documents * 2, dpo=policy, reward=reward_model)
     updates, packed, norms = recorded(monkeypatch, "update"), recorded(monkeypatch, "pack"), []
     computed = recorded(monkeypatch, "advantages_and_returns")
@@ -264,11 +264,11 @@ def test_10_every_pass_is_shuffled_and_cut_anew(run, monkeypatch, tmp_path, poli
     sizes = "--steps 2 --batch-size 18 --minibatch-size 7 --ppo-epochs 3 --max-new-tokens 8"
     log = run(ppo, f"{sizes} --lr 1e-2 --warmup 0")
     rows = [arguments["rows"] for arguments, _ in updates]
-    assert [len(some) for some in rows] == [7, 7, 4] * 6
+    assert [len(some) for some in rows] == [6] * 18
     for number, (given, _) in enumerate(updates):
         advantages, returns = computed[number // 9][1]
         assert given["advantages"] is advantages and given["returns"] is returns
-    cuts = {frozenset(frozenset(some.tolist()) for some in torch.arange(18).split(7))}
+    cuts = {frozenset(frozenset(some.tolist()) for some in torch.arange(18).split(6))}
     for first in range(0, 18, 3):
         one_pass = rows[first : first + 3]
         assert torch.cat(one_pass).sort().values.tolist() == list(range(18))

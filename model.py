@@ -672,7 +672,7 @@ def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperatu
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 SHIELD = "\ufdd0"  # stands in a control token's name where it is meant as text; Unicode has no such character
-WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # as in GPT-2; a word keeps its space
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # as in GPT-2
 # tokenizer.json spells a byte as a character that prints: the one of that number, or else the next one from 256 up.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]

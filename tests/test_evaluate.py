@@ -301,8 +301,7 @@ def asking(monkeypatch, tmp_path):
 
 
 def judged(settings, mine=MINE, **others):
-    """Verdicts on SFT and one more policy: 18 questions on three prompts; on the third, where all gave the same answer,
-    nothing is asked."""
+    """Verdicts on SFT and one more policy: 18 questions; none on the third prompt: all gave the same answer."""
     answers = {name: (texts, {"length": torch.tensor([float(len(text)) for text in texts])})
                for name, texts in {"sft": SFTS, "mine": mine, **others}.items()}
     opponents = {"chosen": ([CHOSEN] * 4, {"length": torch.full((4,), len(CHOSEN))}), "sft": answers["sft"]}
@@ -342,9 +341,10 @@ def test_a_judge_of_length_gives_the_known_win_rates(asking, tmp_path):
         assert (len(asking.questions), kept) == (18, 16)
         for versus in ("chosen of mine", "sft of mine"):
             assert (rows[versus]["win_rate"], rows[versus]["no_verdict"]) == (0.5, 0.25)
-    asking.judge_model, asking.verdict = "strict", Mock(side_effect=Refused("no parameter"))
-    with pytest.raises(Refused, match="no parameter"):  # of all
-        judged(asking)
+    asking.judge_model, asking.verdict, asking.judge_parallel = "strict", Mock(side_effect=Refused("no parameter")), 1
+    pytest.raises(Refused, judged, asking, match="no parameter")
+    asking.verdict = Mock(side_effect=[Refused("a filter")] * 17 + ["A"])
+    assert {row["no_verdict"] for row in judged(asking).values()} == {0.75}  # all but the last were refused
 
 
 def test_the_cost_is_said_first_and_every_verdict_kept_at_once_and_not_asked_for_again(asking, capsys, tmp_path):
@@ -370,9 +370,8 @@ def test_the_cost_is_said_first_and_every_verdict_kept_at_once_and_not_asked_for
 def test_a_judge_or_a_talk_under_torchrun_and_a_picture_without_matplotlib_are_refused_at_once(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr(evaluate, "processes", lambda: (0, 2))
-    for flags, said in (({"figure": True}, "pip install"), ({"judge": "x", "judge_model": "m"}, "torchrun"),
-                        ({"prompt": ""}, "torchrun")):
-        with pytest.raises(UserError, match=said):
+    for flags in ({"figure": True}, {"judge": "x", "judge_model": "m"}, {"prompt": ""}):
+        with pytest.raises(UserError, match="pip install" if "figure" in flags else "torchrun"):
             Settings(**flags)
 
 

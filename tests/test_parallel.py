@@ -12,12 +12,11 @@ from test_commands import TERM, content, log, run, same_weights
 
 from model import processes
 
-CHAIN = [  # beside the quick flags of test_commands, whose learning rates would make more of rounding
+CHAIN = [  # beside test_commands' quick flags, whose rates make more of rounding; by seed 0 it decides a token
     "model --limit 300 --layers 2 --batch-size 16 --lr 2e-3", "reward --steps 3", "split",
     "dpo --batch-size 7 --lr 5e-5",
     "dpo --batch-size 1 --lr 5e-5 --steps 3 --loss ipo --save one_pair.pt",  # one process has nothing to do
-    "ppo --steps 2 --batch-size 6 --minibatch-size 4 --max-new-tokens 12 --seed 1",  # by 0, rounding decides a token
-    "evaluate --prompts 7 --samples 2",
+    "ppo --steps 2 --batch-size 6 --minibatch-size 4 --max-new-tokens 12 --seed 1", "evaluate --prompts 7 --samples 2",
     "dpo --batch-size 7 --lr 5e-5 --save stopped.pt", "dpo --batch-size 7 --lr 5e-5 --save stopped.pt --resume",
 ]
 SAVED = ["sft", "reward", "dpo", "one_pair", "ppo"]

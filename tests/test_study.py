@@ -185,8 +185,7 @@ def make_numbers(**golds):
 
 
 def test_tables_by_hand():
-    """Gold 1, 2, 3, 6: mean 3, error √(s² / 4) = √(14/3 / 4) = 1.08. MPO − SFT is 1, 3: 2 ± 1, twice won; unpaired, the
-    error would be 5 and more."""
+    """Gold 1, 2, 3, 6: mean 3, error √(s² / 4) = √(14/3 / 4) = 1.08. MPO − SFT is 1, 3: 2 ± 1, being paired."""
     header, line = study_table(make_numbers(MPO=[1.0, 2.0, 3.0, 6.0])).splitlines()
     assert header.split()[:4] == ["policy", "gold", "reward", "reward"]
     assert line.startswith("MPO") and "3.00 ± 1.08" in line and "50% ± 0%" in line

@@ -342,7 +342,8 @@ def test_a_judge_of_length_gives_the_known_win_rates(asking, tmp_path):
         for versus in ("chosen of mine", "sft of mine"):
             assert (rows[versus]["win_rate"], rows[versus]["no_verdict"]) == (0.5, 0.25)
     asking.judge_model, asking.verdict, asking.judge_parallel = "strict", Mock(side_effect=Refused("no parameter")), 1
-    pytest.raises(Refused, judged, asking, match="no parameter")
+    with pytest.raises(Refused, match="no parameter"):
+        judged(asking)
     asking.verdict = Mock(side_effect=[Refused("a filter")] * 17 + ["A"])
     assert {row["no_verdict"] for row in judged(asking).values()} == {0.75}  # all but the last were refused
 

@@ -1402,13 +1402,16 @@ def load(settings: CommonSettings, name: str, *kinds: str) -> dict:
 
 
 def require_new(settings: CommonSettings, *flags: str) -> None:
-    """Raises UserError if one of these flags names a file that this run has read, or one that holds all its data."""
-    kept = {find_file(settings, name).resolve() for name in settings.read}
-    kept |= {(Path(settings.out) / name).resolve() for name in ("pairs.pt", "test.pt")}
+    """Raises UserError if one of these flags names a file that holds the data, that this run has read, or that another
+    of the flags names."""
+    taken = {find_file(settings, name).resolve() for name in settings.read}
+    taken |= {(Path(settings.out) / name).resolve() for name in ("pairs.pt", "test.pt")}
     for flag_name in flags:
         name = getattr(settings, flag_name)
-        if (Path(settings.out) / name).resolve() in kept:
-            raise UserError(f"--{flag_name} {name}: this run reads it, or it holds the data; choose another name")
+        path = (Path(settings.out) / name).resolve()
+        if path in taken:
+            raise UserError(f"--{flag_name} {name}: this run reads it, or writes it twice; choose another name")
+        taken.add(path)
 
 
 def save_model(settings: CommonSettings, model: nn.Module, tokenizer: Tokenizer) -> None:

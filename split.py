@@ -59,8 +59,6 @@ class Settings(CommonSettings):
                 raise UserError(f"--{name.replace('_', '-')} is about own answers; leave it out, or name a --policy")
         if self.policy and self.answers == 1 and self.chosen != "labelled":
             raise UserError(f"--answers 1 --chosen {self.chosen}: a best and a worst need 2; or take --chosen labelled")
-        if self.easy == self.hard:
-            raise UserError(f"--easy {self.easy} --hard {self.hard}: two names are needed")
 
 
 def reward_gaps(rewards: Tensor, kind: str) -> Tensor:
@@ -80,6 +78,7 @@ def easy_mask(gaps: Tensor, fraction: float, threshold: float | None) -> tuple[T
 def answer_prompts(settings: Settings, pairs: Pairs) -> list[tuple[Tensor, ...]]:
     """For each pair a document of 1 + K branches: its prompt, its chosen response, and --policy's K answers."""
     policy, tokenizer = load_model(settings, settings.policy, GPT)
+    require_new(settings, "easy", "hard")
     settle(settings, policy.config.pretrained)
     prompts = [prompt for prompt, _, _ in pairs]
     branches = [[chosen for _, chosen, _ in pairs]]  # lists of n responses

@@ -427,7 +427,7 @@ def test_a_bare_name_is_looked_up_in_out_then_here_and_one_with_a_slash_is_a_pat
     "dpo --label-smoothing 0.1 --loss linear", "split --answers 3", "split --chosen labelled", "model --save pairs.pt",
     "split --temperature 0.5", "split --max-new-tokens 9", "split --answers 1 --policy sft.pt", "dpo --save sft.pt",
     "model --save a.pt --data easy.pt", "model --save a.pt --extrapolate dpo.pt", "model --alpha 0.4",
-    "model --save sft.pt --data easy.pt --init dpo.pt", "split --easy mine",
+    "model --save sft.pt --data easy.pt --init dpo.pt", "split --easy mine", "split --easy sft.pt --policy sft.pt",
     "model --limit 9 --save a.pt --data easy.pt --init sft.pt", "split --easy pairs.pt", "split --hard reward.pt",
 ])
 def test_a_wrong_flag_is_named(out, monkeypatch, flags):

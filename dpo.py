@@ -111,7 +111,7 @@ def main() -> None:
         indices = batch_indices(len(pairs), settings.batch_size, step, settings.seed)
         reference[indices] = all_logprobs(settings, reader, [pairs[index] for index in indices], device)
     held_back = list(load_pairs(settings, "test.pt"))[:512] if (Path(settings.out) / "test.pt").exists() else []
-    before = all_logprobs(settings, reader, held_back, device)
+    anchor, start = (all_logprobs(settings, model, held_back, device) for model in (reader, policy))  # [n, 2] each
     del reader
 
     # 3. Train.
@@ -137,12 +137,12 @@ def main() -> None:
             metrics[f"{name}_length"] = lengths[:, side + 1].float().mean().item()
         training.log(("loss", "margin", "accuracy"), "pairs", len(documents), int(lengths.sum()), **metrics)
 
-    # 4. Save, and report on held-back pairs; a policy that started as the reference began with ties, at 50%.
+    # 4. Save, and report on held-back pairs; a policy that started as the reference began with ties, which count ½.
     save_model(settings, policy, tokenizer)
     if held_back:
-        logratios = all_logprobs(settings, policy, held_back, device) - before
-        right = (logratios[:, 0] - logratios[:, 1]).sign().mean() / 2 + 0.5  # a tie counts one half
-        print(f"the policy's own reward ranks {right:.1%} of {len(held_back)} held-back pairs as labelled")
+        logratios = torch.stack((start, all_logprobs(settings, policy, held_back, device))) - anchor  # (2, n, 2)
+        before, after = (logratios[..., 0] - logratios[..., 1]).sign().mean(1) / 2 + 0.5
+        print(f"{len(held_back)} held-back pairs: the policy's own reward ranks {before:.1%} → {after:.1%} as labelled")
     finish(settings, ["save"], "python ppo.py", "--init {} --save NAME.pt")
 
 

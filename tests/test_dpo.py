@@ -46,7 +46,8 @@ def test_the_command_equals_a_plain_loop(run, tmp_path, policy, documents, flags
     assert len(list(pack(documents, CPU, 150))) > 1
     flags += " --data mine.pt --init start.pt --batch-size 9 --pass-tokens 150 --steps 3 --beta 0.3"
     log = run(dpo, f"{flags} --lr 1e-3 --warmup 0 --decay constant")
-    reference = plain_sides(other if "--reference" in flags else policy, documents, mean).detach()
+    anchor = other if "--reference" in flags else policy
+    reference, start = (plain_sides(one, documents, mean).detach() for one in (anchor, policy))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     assert len(log) == 3
     for line in log:
@@ -71,11 +72,11 @@ def test_the_command_equals_a_plain_loop(run, tmp_path, policy, documents, flags
     saved, _ = load_model(dpo.Settings(out=str(tmp_path), device="cpu"), "dpo.pt", GPT)
     torch.testing.assert_close(plain_sides(saved, documents, mean), plain_sides(policy, documents, mean),
                                rtol=1e-3, atol=1e-2)
-    (margin,) = ((plain_sides(saved, documents, mean) - reference) @ torch.tensor([[1.0], [-1.0]])).T
-    right = (margin[0] > 0).float() + (margin[1:4] < 0).sum()
+    margins = (torch.stack((start, plain_sides(saved, documents, mean))) - reference) @ torch.tensor([1.0, -1.0])
+    before, after = (margins[:, 0].sign() - margins[:, 1:4].sign().sum(1)) / 8 + 0.5  # [2, 9] → [2]
     first, last = (f"{log[place]['loss']:.3f}" for place in (0, -1))
     said = capsys.readouterr().out
-    assert f"{right / 4:.1%} of 4 held-back pairs" in said and f"first → last: loss {first} → {last}" in said
+    assert f"ranks {before:.1%} → {after:.1%} as" in said and f"first → last: loss {first} → {last}" in said
 
 
 @pytest.mark.parametrize("dtype, flags, start", [
@@ -83,9 +84,8 @@ def test_the_command_equals_a_plain_loop(run, tmp_path, policy, documents, flags
     ("fp32", "--loss ipo", 25.0), ("fp32", "--loss linear", 0.0),  # (1 / (2 β))²; −β m
 ])
 def test_rate_0_shows_the_reference(run, monkeypatch, tmp_path, policy, documents, dtype, flags, start, device):
-    """Nine pairs in fours, with an arithmetic that differs between batches, as bf16's may: in the first pass log-ratios
-    are 0 to the last digit on a CPU, since the reference went through the same batches; the second is cut otherwise.
-    One step reads four pairs, for the reference and to train; none is held back."""
+    """Nine pairs in fours, in an arithmetic that differs between batches, as bf16's may: in the first pass log-ratios are
+    0 on a CPU, since the reference went through the same batches; the second is cut otherwise. One step reads four."""
     near, _, same = TOLERANCES[device.type, dtype]
     write(tmp_path, easy=documents, sft=policy)
     tokens = sum(len(part) for document in documents for part in document)
@@ -101,4 +101,4 @@ def test_rate_0_shows_the_reference(run, monkeypatch, tmp_path, policy, document
     assert sum(line["tokens_per_second"] * line["seconds"] for line in log[:3]) == pytest.approx(tokens)
     monkeypatch.setattr(dpo, "pack", lambda some, *more: read.append(len(some)) or pack(some, *more))
     run(dpo, f"{flags} --steps 1")
-    assert read == [4, 0, 4]
+    assert read == [4, 0, 0, 4]  # for the reference; held back, by both policies; to train

@@ -84,7 +84,7 @@ def test_the_command_equals_a_plain_loop(run, tmp_path, policy, documents, flags
     ("fp32", "--loss ipo", 25.0), ("fp32", "--loss linear", 0.0),  # (1 / (2 β))²; −β m
 ])
 def test_rate_0_shows_the_reference(run, monkeypatch, tmp_path, policy, documents, dtype, flags, start, device):
-    """Nine pairs in fours, in an arithmetic that differs between batches, as bf16's may: in the first pass log-ratios are
+    """Nine pairs in fours; an arithmetic that differs between batches, as bf16's may: in the first pass log-ratios are
     0 on a CPU, since the reference went through the same batches; the second is cut otherwise. One step reads four."""
     near, _, same = TOLERANCES[device.type, dtype]
     write(tmp_path, easy=documents, sft=policy)

@@ -91,7 +91,7 @@ class CommonSettings:
         for field in dataclasses.fields(self):
             value, about, ending = getattr(self, field.name), field.metadata, Path(str(field.default)).suffix
             if field.name in ("save", "easy", "hard") and ("/" in value or not value.endswith(ending)):
-                raise UserError(f"--{field.name} {value}: what is written has a name in {ending}; its folder is --out")
+                raise UserError(f"--{field.name} {value}: the name must end in {ending}; its folder is --out")
             number = type(value) in (int, float)
             if number and not (about["above"] < value and about["least"] <= value <= about["most"]):
                 bounds = [f", {name} {about[name]}" for name in ("above", "least", "most") if abs(about[name]) < 1e300]
@@ -1907,7 +1907,7 @@ class Settings(TrainingSettings):
         shape = "vocabulary", "dim", "layers", "heads", "kv_heads"
         reading = "limit", "test_share", "control_tokens", "context", "max_response"
         training = "data", "steps", "epochs", "batch_size", "lr", "resume"
-        # Flags without effect: why, if they are.
+        # Flags that would have no effect, and why; without a reason they have one.
         idle = {"label_temperature": self.data != "toy" and "only the toy world draws its labels"}
         idle |= {"alpha": not self.extrapolate and "it is --extrapolate's, which is not given"}
         idle |= dict.fromkeys(reading, ready and f"the form of --data {self.data} is given")

@@ -78,7 +78,7 @@ def easy_mask(gaps: Tensor, fraction: float, threshold: float | None) -> tuple[T
 def answer_prompts(settings: Settings, pairs: Pairs) -> list[tuple[Tensor, ...]]:
     """For each pair a document of 1 + K branches: its prompt, its chosen response, and --policy's K answers."""
     policy, tokenizer = load_model(settings, settings.policy, GPT)
-    require_new(settings, "easy", "hard")
+    require_new(settings, "easy", "hard")  # again, now that the policy is among the files read
     settle(settings, policy.config.pretrained)
     prompts = [prompt for prompt, _, _ in pairs]
     branches = [[chosen for _, chosen, _ in pairs]]  # lists of n responses

@@ -78,8 +78,8 @@ def test_ppo_loss_by_hand_in_the_four_cases():
 
 
 def test_value_loss_by_hand():
-    """Old value 1, clipped to ±0.2. New 2, return 3: clipped 1.2, (1.8² = 3.24) / 2, no slope. New 2, return 1:
-    1² against 0.2², the slope 1. New 1.1, return 3: 1.9² / 2, the slope −1.9. New 0, return −1: 0.8, 1.8² / 2, none."""
+    """Old value 1, clipped to ±0.2. New 2, return 3: clipped 1.2, 1.8² / 2, no slope. New 2, return 1: 1² against 0.2²,
+    slope 1. New 1.1, return 3: 1.9² / 2, slope −1.9. New 0, return −1: clipped 0.8, 1.8² / 2, no slope."""
     values = torch.tensor([2.0, 2.0, 1.1, 0.0], requires_grad=True)
     losses = value_loss(values, torch.ones(4), torch.tensor([3.0, 1.0, 3.0, -1.0]), 0.2)
     losses.sum().backward()

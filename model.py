@@ -411,29 +411,23 @@ def compiled_function(function):
 @dataclass
 class Packed:
     """Documents laid end to end in one row of L tokens. A document is a prompt and the branches (responses) that share
-    it. Sequences, one for each branch, are numbered document by document.
-
-    tokens, positions, document, branch: [L]; `document` numbers the documents (−1: filler), `branch` is 0 in a prompt
-    and 1, 2, … in its branches, `positions` count within prompt + own branch. For each of the N response tokens:
-    `source`, the index of the token before it on its branch, whose hidden state predicts it; `target`, its id;
-    `sequence`, its sequence's number; `offset`, its place in the response. `last`: index of each sequence's last token
-    (of a lone prompt: its own). `members`: for each document, its index in the list that was packed.
+    it. Sequences, one for each branch, are numbered document by document. N of the tokens are in responses.
 
     A prompt p q with the responses a b and c:
         tokens  p q a b c     positions  0 1 2 3 2     document  0 0 0 0 0     branch  0 0 1 1 2
         source  1 2 1     target  a b c     sequence  0 0 1     offset  0 1 0     last  3 4
     """
 
-    tokens: Tensor
-    positions: Tensor
-    document: Tensor
-    branch: Tensor
-    source: Tensor
-    target: Tensor
-    sequence: Tensor
-    offset: Tensor
-    last: Tensor
-    members: Tensor
+    tokens: Tensor  # [L]
+    positions: Tensor  # [L], counted within prompt + own branch
+    document: Tensor  # [L], its number; −1: filler
+    branch: Tensor  # [L], 0 in a prompt, 1, 2, … in its branches
+    source: Tensor  # [N], index of the token before it on its branch, whose hidden state predicts it
+    target: Tensor  # [N], its id
+    sequence: Tensor  # [N], its sequence's number
+    offset: Tensor  # [N], its place in the response
+    last: Tensor  # index of each sequence's last token (of a lone prompt: its own)
+    members: Tensor  # of each document, its index in the list that was packed
 
     @functools.cached_property
     def mask(self) -> "list[tuple[int, Tensor | None]] | BlockMask":

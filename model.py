@@ -470,11 +470,9 @@ def block_mask(document: Tensor, branch: Tensor) -> BlockMask:
     )
 
 
-def pack(
-    documents: list[tuple[Tensor, ...]], device: torch.device, tokens_per_pass: int | None = None
-) -> Iterator[Packed]:
+def pack(documents: list[tuple[Tensor, ...]], device: torch.device, pass_tokens: int | None = None) -> Iterator[Packed]:
     """Packs documents, each (prompt, response, response, …), into rows; yields one `Packed` for each forward pass of
-    about `tokens_per_pass` tokens [default: as many as suit the device].
+    about `pass_tokens` tokens [default: as many as suit the device].
 
     Sorted by length, the documents go to the passes in turn, so that all are about equally long. Of several processes
     each gets other documents, and as many passes as the rest, empty ones if need be.
@@ -482,7 +480,7 @@ def pack(
     rank, count = processes()
     sizes = [sum(len(part) for part in document) for document in documents]
     by_length = sorted(range(len(documents)), key=lambda index: -sizes[index])
-    most = tokens_per_pass or (32768 if device.type == "cuda" else 4096)
+    most = pass_tokens or (32768 if device.type == "cuda" else 4096)
     passes = count * max(1, math.ceil(min(sum(sizes) / most, len(documents)) / count))
     for number in range(rank, passes, count):
         yield lay_out(documents, by_length[number::passes], device)

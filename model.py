@@ -184,7 +184,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     """Softmax attention of q: [heads, L, head_dim]; returns the same shape. In a packed row, k, v: [kv_heads, L,
     head_dim], and mask is Packed.mask. In a decoding step each query has a cached past of its own, k, v: [L, kv_heads,
-    columns, head_dim], and mask is Cache.mask()."""
+    columns, head_dim], and mask is what Cache.step returns."""
     if isinstance(mask, BlockMask):  # on CUDA; on a CPU in tests only
         flex = flex_attention if not q.is_cuda or torch.compiler.is_compiling() else compiled_function(flex_attention)
         options = {"fwd_num_warps": 8}  # with 4, the mask's arithmetic does not fit the registers
@@ -522,28 +522,24 @@ def lay_out(documents: list[tuple[Tensor, ...]], members: list[int], device: tor
 class Cache:
     """Keys and values, [layers, S, kv_heads, width, head_dim] each, of S sequences being generated, sorted by the
     prompt's length, the longest first. A token's column is its position. The width never changes, and on CUDA a step
-    fetches no number from the GPU: so it can be captured as a graph.
-
-    positions: [S], of each sequence's last token. new: (index in the row, sequence, column) of each token to store.
-    """
+    fetches no number from the GPU: so it can be captured as a graph."""
 
     def __init__(self, config: Config, prompts: Packed, steps: int, dtype: torch.dtype):
-        self.positions, device = prompts.positions[prompts.last], prompts.tokens.device
+        self.positions, device = prompts.positions[prompts.last], prompts.tokens.device  # (S), of their last tokens
         width = -(-(int(self.positions[0]) + 1 + steps) // 16) * 16  # CUDA's attention wants its bias aligned
         shape = config.layers, len(prompts.last), config.kv_heads, width, config.head_dim  # no views: they compile anew
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        places = (prompts.document >= 0).nonzero()[:, 0]
-        self.new, self.decoding = (places, prompts.document[places], prompts.positions[places]), False
+        places = (prompts.document >= 0).nonzero()[:, 0]  # of the prompts' tokens in the row
+        self.new = places, prompts.document[places], prompts.positions[places]  # each one's place, sequence and column
+        self.decoding = False
 
-    def step(self) -> None:
-        """Moves on to a new token of each sequence: its position, and where `extend` stores it."""
+    def step(self) -> list[tuple[slice, Tensor]]:
+        """Moves on to a new token of each sequence. Returns its attention's mask, which is added to the scores, −∞ at
+        columns not yet in use: (sequences, [n, 1, 1, columns]). On CUDA all sequences at once, at full width; on a CPU
+        few of like length at a time, up to the longest's column."""
         every = torch.arange(len(self.positions), device=self.positions.device)
         self.positions += 1
         self.new, self.decoding = (slice(None), every, self.positions), True
-
-    def mask(self) -> list[tuple[slice, Tensor]]:
-        """What a step's attention adds to the scores, −∞ at columns not yet in use: (sequences, [n, 1, 1, columns]). On
-        CUDA all sequences at once, at full width; on a CPU few of like length at a time, up to the longest's column."""
         later = torch.arange(self.keys.shape[3], device=self.keys.device) > self.positions[:, None, None, None]
         bias = self.keys.new_zeros(later.shape).masked_fill(later, -math.inf)  # (S, 1, 1, width)
         if bias.is_cuda:
@@ -635,8 +631,8 @@ def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperatu
     result[:, 0] = drawn
 
     def advance() -> None:  # all in place, so that replaying it as a graph goes on
-        cache.step()
-        hidden = model(drawn, cache.positions, cache.mask(), cache)
+        mask = cache.step()
+        hidden = model(drawn, cache.positions, mask, cache)
         column.add_(1)
         new = sample(linear(hidden.to(head.dtype), head), noise[live, column], temperature)
         drawn.copy_(new.masked_fill(drawn == end, end))

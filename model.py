@@ -638,11 +638,11 @@ def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperatu
         drawn.copy_(new.masked_fill(drawn == end, end))
         result[live, column] = drawn
 
-    for step in range(1, steps + 1):
-        if step % 8 == 0 or step == steps:  # now and then, the finished leave the batch
+    for step in range(1, steps):
+        if step % 8 == 0:  # now and then, the finished leave the batch
             going = drawn != end  # (S)
-            if step == steps or not going.any():
-                return result.cpu()
+            if not going.any():
+                break
             if going.sum() < (0.5 if device.type == "cuda" else 0.9) * len(going):  # capturing anew takes its time
                 cache.keep(going)
                 drawn, live, graph = drawn[going], live[going], None
@@ -654,6 +654,7 @@ def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperatu
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
                     advance()  # is recorded only, for the steps to come
+    return result.cpu()
 
 
 # ---- Tokenizer: byte-level byte-pair encoding ----

@@ -135,7 +135,7 @@ def main() -> None:
             metrics[f"{name}_logprobs"] = logprobs[:, side].mean()
             metrics[f"{name}_rewards"] = rewards[:, side].mean()
             metrics[f"{name}_length"] = lengths[:, side + 1].float().mean().item()
-        training.log(("loss", "margin", "accuracy"), "pairs", len(documents), int(lengths.sum()), **metrics)
+        training.log(("loss", "margin", "accuracy"), "pairs", int(lengths.sum()), **metrics)
 
     # 4. Save, and report on held-back pairs; a policy that started as the reference began with ties, which count ½.
     save_model(settings, policy, tokenizer)

@@ -1825,7 +1825,7 @@ class Training:
         self.optimizer.zero_grad()
         return norm.full_tensor() if dist.is_initialized() else norm
 
-    def log(self, shown: tuple[str, ...], unit: str, units: int, tokens: int, **metrics: float | Tensor) -> None:
+    def log(self, shown: tuple[str, ...], unit: str, tokens: int, **metrics: float | Tensor) -> None:
         """Writes the step's line of the log, and the `shown` metrics beside the bar. Here alone an update waits for the
         GPU. Raises UserError if a metric is not finite: nothing is saved then, so the last good state is kept."""
         for name, value in metrics.items():
@@ -1834,12 +1834,12 @@ class Training:
                 pairs = " ".join(str(index) for index in sorted(self.indices))
                 raise UserError(f"step {self.step}: the {name} is not finite, on training pairs {pairs}; what was "
                                 "saved before is kept; try a lower --lr")
-        seconds = time.perf_counter() - self.began
+        seconds, examples = time.perf_counter() - self.began, len(self.indices)
         if choose_device(self.settings).type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**20
         else:  # kilobytes, but bytes on macOS
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-        costs = {"seconds": seconds, "tokens_per_second": tokens / seconds, f"{unit}_per_second": units / seconds}
+        costs = {"seconds": seconds, "tokens_per_second": tokens / seconds, f"{unit}_per_second": examples / seconds}
         self.write_log([{"step": self.step, **metrics, "lr": self.lr, **costs, "peak_memory_mb": peak}])
         self.shown = shown
         self.bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown}, refresh=False)
@@ -1969,7 +1969,7 @@ def main() -> None:
             loss += batch_loss.detach()
         grad_norm = training.optimize()
         tokens_read = int(pairs.lengths[indices, :2].sum())
-        training.log(("loss",), "pairs", len(documents), tokens_read, loss=summed(loss), grad_norm=grad_norm)
+        training.log(("loss",), "pairs", tokens_read, loss=summed(loss), grad_norm=grad_norm)
 
     save_model(settings, policy, tokenizer)
 

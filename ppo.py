@@ -247,8 +247,7 @@ def main() -> None:
         metrics = {name: torch.stack([one[name] for one in history]).mean() for name in history[0]}
         metrics |= {"updates": len(history), "grad_norm": torch.stack(grad_norms).mean()}
         metrics |= rollout_metrics(rollout, returns, tokenizer, pairs.source)
-        shown = ("score", "kl", "length", "ended")
-        training.log(shown, "episodes", len(prompts), int(rollout.lengths.sum()), **metrics)
+        training.log(("score", "kl", "length", "ended"), "episodes", int(rollout.lengths.sum()), **metrics)
 
     # 5. Save.
     save_model(settings, policy, tokenizer)

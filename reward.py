@@ -136,7 +136,7 @@ def main() -> None:
             loss += batch_loss.detach()
             accuracy += (chosen_rewards > rejected_rewards).sum() / len(documents)
         metrics = {"grad_norm": training.optimize(), "loss": summed(loss), "accuracy": summed(accuracy)}
-        training.log(("loss", "accuracy"), "pairs", len(documents), int(pairs.lengths[indices].sum()), **metrics)
+        training.log(("loss", "accuracy"), "pairs", int(pairs.lengths[indices].sum()), **metrics)
 
     # 3. Shift: mean reward 0 over the training responses. Save, and report on held-back pairs.
     with torch.no_grad():

@@ -159,12 +159,9 @@ LLAMA3_SCALING = "factor", "low_freq_factor", "high_freq_factor", "original_max_
 
 
 def rotary_frequencies(config: Config, device: torch.device) -> Tensor:
-    """Angle per position of each pair of a head's dimensions: θ^(−2i/d), [head_dim / 2].
-
-    Llama 3.1 (arXiv 2407.21783) stretched its context by dividing the frequencies by `factor` where a full turn takes
-    more than original context / low_freq_factor positions, keeping them where it takes less than original context /
-    high_freq_factor, and blending in between.
-    """
+    """Angle per position of each pair of a head's dimensions: θ^(−2i/d), [head_dim / 2]. Llama 3.1 (arXiv 2407.21783)
+    stretched its context: a pair that makes at most `low` full turns within the original one turns `factor` times
+    slower, one that makes `high` or more turns as before, and between these the two are blended."""
     frequencies = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)
     if config.rope_scaling is None:
         return frequencies
@@ -224,9 +221,8 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245): query heads share key-value heads. One matrix
-    makes queries, keys and values. x: [L, dim]; rotary: cos and sin as `rotate` takes them; mask: as `attend` takes
-    it; extend: Cache.extend of this layer, where there is a cache. Returns [L, dim]."""
+    """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245), [L, dim] → [L, dim]: query heads share key-value
+    heads. rotary: as `rotate` takes it; mask: as `attend` does; extend: this layer's Cache.extend, if there is one."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -322,11 +318,9 @@ TILES = {"cpu": (2048, 512), "gpu": (4096, 16384)}  # logits held at once: token
 def token_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, compiled: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """log softmax(hidden · weightᵀ / temperature) at `targets`, without holding the [N, V] logits.
-
-    hidden: [N, dim], fp32 or bf16, the dtype of the matrix products; weight: [V, dim]; targets: [N].
-    Returns (log-probs [N], entropies [N]) in fp32. Log-probs carry gradients to hidden and weight; entropies none.
-    """
+    """log softmax(hidden · weightᵀ / temperature) at `targets` [N], and its entropy, without holding the [N, V] logits.
+    hidden: [N, dim], fp32 or bf16, the dtype of the matrix products; weight: [V, dim]. Returns (log-probs, entropies),
+    [N] each, in fp32. Log-probs carry gradients to hidden and weight; entropies none."""
     return TokenLogprobs.apply(hidden / temperature, weight, targets, compiled)
 
 
@@ -472,11 +466,8 @@ def block_mask(document: Tensor, branch: Tensor) -> BlockMask:
 
 def pack(documents: list[tuple[Tensor, ...]], device: torch.device, pass_tokens: int | None = None) -> Iterator[Packed]:
     """Packs documents, each (prompt, response, response, …), into rows; yields one `Packed` for each forward pass of
-    about `pass_tokens` tokens [default: as many as suit the device].
-
-    Sorted by length, the documents go to the passes in turn, so that all are about equally long. Of several processes
-    each gets other documents, and as many passes as the rest, empty ones if need be.
-    """
+    about `pass_tokens` tokens [default: what suits the device]. Sorted by length, documents go to the passes in turn,
+    so all are about equally long. Each process gets other documents, in equally many passes, some perhaps empty."""
     rank, count = processes()
     sizes = [sum(len(part) for part in document) for document in documents]
     by_length = sorted(range(len(documents)), key=lambda index: -sizes[index])
@@ -561,11 +552,9 @@ class Cache:
 
 
 def sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
-    """Draws a token from softmax(logits / temperature) by inverting its cumulative distribution at `uniform`.
-
-    logits: [S, V]; uniform: [S] in [0, 1); temperature 0 takes the most likely token. Returns token ids [S]. One number
-    a token makes a sample depend on nothing but its own sequence, and costs far less than one per vocabulary entry.
-    """
+    """Draws token ids [S] from softmax(logits / temperature), [S, V], by inverting its cumulative distribution at
+    `uniform`, [S] in [0, 1). Temperature 0 takes the most likely. One number a token makes a sample depend on its own
+    sequence alone, and costs far less than one per vocabulary entry."""
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
@@ -585,12 +574,10 @@ def require_room(config: Config, prompts: Iterable[Tensor], max_new_tokens: int)
 def generate(
     model: GPT, prompts: list[Tensor], end: int, max_new_tokens: int, temperature: float = 1.0, seed: int = 0
 ) -> list[Tensor]:
-    """Samples one response to each prompt from the full softmax; `end` stops a response and is kept in it.
-
-    prompts: tensors of token ids, none empty. Returns tensors of 1 to max_new_tokens ids on the CPU. A response depends
-    on its prompt, its place in the list, max_new_tokens and the seed, not on what it is batched with. Raises UserError
-    if prompt and response could outgrow the model's context.
-    """
+    """Samples a response to each prompt from the full softmax; `end` stops a response and is kept in it. Prompts are
+    tensors of token ids, none empty; responses of 1 to max_new_tokens ids, on the CPU. One depends on its prompt, its
+    place in the list, max_new_tokens and the seed, not on what it is batched with. Raises UserError if prompt and
+    response could outgrow the model's context."""
     require_room(model.config, prompts, max_new_tokens)
     noise = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
     rank, count = processes()

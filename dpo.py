@@ -116,7 +116,7 @@ def main() -> None:
 
     # 3. Train.
     options = settings.beta, settings.loss, settings.label_smoothing, settings.self_weight
-    training = Training(settings, len(pairs), policy)
+    training = Training(settings, len(pairs), policy, ("loss", "margin", "accuracy"))
     for _, indices in training:
         documents, logprobs = [pairs[index] for index in indices], torch.zeros(len(indices), 2, device=device)
         for batch in pack(documents, device, settings.pass_tokens):
@@ -135,7 +135,7 @@ def main() -> None:
             metrics[f"{name}_logprobs"] = logprobs[:, side].mean()
             metrics[f"{name}_rewards"] = rewards[:, side].mean()
             metrics[f"{name}_length"] = lengths[:, side + 1].float().mean().item()
-        training.log(("loss", "margin", "accuracy"), "pairs", int(lengths.sum()), **metrics)
+        training.log("pairs", int(lengths.sum()), **metrics)
 
     # 4. Save, and report on held-back pairs; a policy that started as the reference began with ties, which count ½.
     save_model(settings, policy, tokenizer)

@@ -1707,13 +1707,13 @@ def read_log(path: Path) -> list[dict]:
 
 class Training:
     """A training loop's bookkeeping: `for step, indices in training` gives the steps still to do and the examples of
-    each step's batch. It owns the optimiser of `model` (AdamW; `eps` is its ε), the learning rate, the log
-    (OUT/<save>.jsonl, one object a step), the progress bar, the state for --resume, and what Ctrl-C does."""
+    each step's batch. It owns the optimiser of `model` (AdamW), the learning rate, the log (OUT/<save>.jsonl, one
+    object a step), the progress bar with the metrics `shown`, the state for --resume, and what Ctrl-C does."""
 
-    def __init__(self, settings: TrainingSettings, examples: int, model: nn.Module, eps: float = 1e-8):
-        self.settings, self.examples, self.model = settings, examples, model
+    def __init__(self, settings: TrainingSettings, examples: int, model: nn.Module, shown: tuple[str, ...], eps=1e-8):
+        self.settings, self.examples, self.model, self.shown = settings, examples, model, shown
         self.optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=eps, weight_decay=0.0, fused=True)
-        self.step, self.steps, self.stopping, self.shown = 0, count_steps(settings, examples), False, ()
+        self.step, self.steps, self.stopping = 0, count_steps(settings, examples), False
         path = Path(settings.out) / settings.save
         self.log_path, self.state_path = path.with_suffix(".jsonl"), path.with_suffix(".state.pt")
         require_new(settings, "save")
@@ -1785,7 +1785,7 @@ class Training:
             print(f"stopped after step {self.step} of {self.steps}; the same command with --resume goes on")
             sys.exit(130)
         log = read_log(self.log_path)
-        if log and self.shown:  # no step is left after a resume that only has to save
+        if log:  # else there was no step
             course = [f"{name} {log[0][name]:.3f} → {log[-1][name]:.3f}" for name in self.shown]
             print(f"{self.steps} steps, first → last: {', '.join(course)}")
 
@@ -1810,8 +1810,8 @@ class Training:
         self.optimizer.zero_grad()
         return norm.full_tensor() if dist.is_initialized() else norm
 
-    def log(self, shown: tuple[str, ...], unit: str, tokens: int, **metrics: float | Tensor) -> None:
-        """Writes the step's line of the log, and the `shown` metrics beside the bar. Here alone an update waits for the
+    def log(self, unit: str, tokens: int, **metrics: float | Tensor) -> None:
+        """Writes the step's line of the log, and the metrics to show beside the bar. Here alone an update waits for the
         GPU. Raises UserError if a metric is not finite: nothing is saved then, so the last good state is kept."""
         for name, value in metrics.items():
             metrics[name] = value = value.item() if isinstance(value, Tensor) else value
@@ -1826,8 +1826,7 @@ class Training:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
         costs = {"seconds": seconds, "tokens_per_second": tokens / seconds, f"{unit}_per_second": examples / seconds}
         self.write_log([{"step": self.step, **metrics, "lr": self.lr, **costs, "peak_memory_mb": peak}])
-        self.shown = shown
-        self.bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown}, refresh=False)
+        self.bar.set_postfix({name: f"{metrics[name]:.3f}" for name in self.shown}, refresh=False)
 
 
 def finish(settings: CommonSettings, fields: list[str], command: str, flags: str) -> None:
@@ -1940,7 +1939,7 @@ def main() -> None:
     print(f"model: {sum(parameter.numel() for parameter in policy.parameters()) / 1e6:.2f} M parameters on {device}")
 
     # 3. Cross-entropy on the chosen responses: a mean over the batch's tokens, however it is cut into passes.
-    training = Training(settings, len(pairs), policy)
+    training = Training(settings, len(pairs), policy, ("loss",))
     if not ready:
         pairs.save(settings, "pairs.pt")  # not before --resume was found to fit
         test.save(settings, "test.pt")
@@ -1954,7 +1953,7 @@ def main() -> None:
             loss += batch_loss.detach()
         grad_norm = training.optimize()
         tokens_read = int(pairs.lengths[indices, :2].sum())
-        training.log(("loss",), "pairs", tokens_read, loss=summed(loss), grad_norm=grad_norm)
+        training.log("pairs", tokens_read, loss=summed(loss), grad_norm=grad_norm)
 
     save_model(settings, policy, tokenizer)
 

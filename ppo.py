@@ -226,7 +226,7 @@ def main() -> None:
 
     # 2. One optimiser for policy and critic: they share no weights, only the clipped gradient norm.
     both = nn.ModuleDict({"policy": policy, "critic": critic})
-    training = Training(settings, len(pairs), both, eps=1e-5)
+    training = Training(settings, len(pairs), both, ("score", "kl", "length", "ended"), eps=1e-5)
     for step, indices in training:
         # 3. Sample and score one batch of answers. Several passes will go over it, each shuffled and cut anew.
         prompts, seed = [pairs[index][0] for index in indices], mixed_seed(settings.seed, step)
@@ -247,7 +247,7 @@ def main() -> None:
         metrics = {name: torch.stack([one[name] for one in history]).mean() for name in history[0]}
         metrics |= {"updates": len(history), "grad_norm": torch.stack(grad_norms).mean()}
         metrics |= rollout_metrics(rollout, returns, tokenizer, pairs.source)
-        training.log(("score", "kl", "length", "ended"), "episodes", int(rollout.lengths.sum()), **metrics)
+        training.log("episodes", int(rollout.lengths.sum()), **metrics)
 
     # 5. Save.
     save_model(settings, policy, tokenizer)

@@ -125,7 +125,7 @@ def main() -> None:
     model = prepare_model(RewardModel(policy), settings)
 
     # 2. Bradley-Terry loss; chosen and rejected lie side by side behind one shared prompt.
-    training = Training(settings, len(pairs), model)
+    training = Training(settings, len(pairs), model, ("loss", "accuracy"))
     for _, indices in training:
         documents = [pairs[index] for index in indices]
         loss, accuracy = torch.zeros(2, device=device)
@@ -136,7 +136,7 @@ def main() -> None:
             loss += batch_loss.detach()
             accuracy += (chosen_rewards > rejected_rewards).sum() / len(documents)
         metrics = {"grad_norm": training.optimize(), "loss": summed(loss), "accuracy": summed(accuracy)}
-        training.log(("loss", "accuracy"), "pairs", int(pairs.lengths[indices].sum()), **metrics)
+        training.log("pairs", int(pairs.lengths[indices].sum()), **metrics)
 
     # 3. Shift: mean reward 0 over the training responses. Save, and report on held-back pairs.
     with torch.no_grad():

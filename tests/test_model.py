@@ -817,7 +817,7 @@ def test_a_file_that_would_run_code_is_refused_unrun(zipped, tmp_path):
 ])
 def test_learning_rates_by_hand(steps, warmup, decay, expected, tmp_path):
     flags = {"lr": 2.0, "steps": steps, "warmup": warmup, "decay": decay}
-    training = Training(settled(out=str(tmp_path), **flags), 6, nn.Linear(2, 1))
+    training = Training(settled(out=str(tmp_path), **flags), 6, nn.Linear(2, 1), ())
     for training.step, rate in enumerate(expected):
         assert training.lr == pytest.approx(rate)
 
@@ -836,12 +836,12 @@ def test_an_epoch_is_a_shuffle_cut_into_batches(examples, size, sizes):
 
 
 def test_what_is_not_finite_stops_the_run(tmp_path):
-    training = Training(settled(out=str(tmp_path)), 6, nn.Linear(2, 1))
+    training = Training(settled(out=str(tmp_path)), 6, nn.Linear(2, 1), ())
     training.step, training.indices = 1, [31, 4]
     with pytest.raises(UserError, match=r"step 1: the loss is not finite, on .*pairs 4 31"):
-        training.log(("loss",), "pairs", 1, kl=torch.tensor(1.0), loss=math.inf)
+        training.log("pairs", 1, kl=torch.tensor(1.0), loss=math.inf)
     with pytest.raises(UserError, match="step 1: the grad_norm is not finite"):
-        training.log((), "pairs", 1, loss=1.0, grad_norm=torch.tensor(math.nan))
+        training.log("pairs", 1, loss=1.0, grad_norm=torch.tensor(math.nan))
 
 
 # ---- Supervised fine-tuning ----
@@ -886,7 +886,7 @@ def test_the_command_equals_a_plain_loop(run, tmp_path, capsys):
 
 def test_gradients_are_clipped_to_the_flag(tmp_path, monkeypatch):
     network, seen = nn.Linear(2, 1, bias=False), []
-    training = Training(settled(out=str(tmp_path), clip=0.25, steps=1), 6, network)
+    training = Training(settled(out=str(tmp_path), clip=0.25, steps=1), 6, network, ())
     network.weight.grad = torch.tensor([[3.0, 4.0]])
     monkeypatch.setattr(training.optimizer, "step", lambda: seen.extend(network.weight.grad[0].tolist()))
     assert training.optimize() == 5.0 and seen == pytest.approx([0.15, 0.2], rel=1e-5)

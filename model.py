@@ -1816,9 +1816,8 @@ class Training:
         for name, value in metrics.items():
             metrics[name] = value = value.item() if isinstance(value, Tensor) else value
             if not math.isfinite(value):
-                pairs = " ".join(str(index) for index in sorted(self.indices))
-                raise UserError(f"step {self.step}: the {name} is not finite, on training pairs {pairs}; what was "
-                                "saved before is kept; try a lower --lr")
+                raise UserError(f"step {self.step}: the {name} is not finite, on training pairs {sorted(self.indices)}"
+                                "; what was saved before is kept; try a lower --lr")
         seconds, examples = time.perf_counter() - self.began, len(self.indices)
         if choose_device(self.settings).type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**20

@@ -838,7 +838,7 @@ def test_an_epoch_is_a_shuffle_cut_into_batches(examples, size, sizes):
 def test_what_is_not_finite_stops_the_run(tmp_path):
     training = Training(settled(out=str(tmp_path)), 6, nn.Linear(2, 1), ())
     training.step, training.indices = 1, [31, 4]
-    with pytest.raises(UserError, match=r"step 1: the loss is not finite, on .*pairs 4 31"):
+    with pytest.raises(UserError, match=r"step 1: the loss is not finite, on .*pairs \[4, 31\]"):
         training.log("pairs", 1, kl=torch.tensor(1.0), loss=math.inf)
     with pytest.raises(UserError, match="step 1: the grad_norm is not finite"):
         training.log("pairs", 1, loss=1.0, grad_norm=torch.tensor(math.nan))

@@ -1764,7 +1764,7 @@ class Training:
             self.step = state["step"]
 
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        settings, stop = self.settings, False
+        settings, every, stop = self.settings, self.settings.save_every, False
         handlers = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             with tqdm(total=self.steps, initial=self.step, desc=Path(settings.save).stem, unit="step") as self.bar:
@@ -1775,8 +1775,7 @@ class Training:
                     self.step += 1
                     self.bar.update()
                     stop = bool(summed(torch.tensor(float(self.stopping))))  # all processes stop at the same step
-                    last = self.step == self.steps
-                    if stop or (settings.save_every and (last or self.step % settings.save_every == 0)):
+                    if stop or (every and (self.step % every == 0 or self.step == self.steps)):
                         self.save_state()
         finally:
             for number, handler in handlers.items():

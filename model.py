@@ -370,12 +370,10 @@ def tiles(hidden: Tensor, matrix: Tensor) -> Iterator[tuple[slice, slice]]:
 def logprob_tile(
     hidden: Tensor, matrix: Tensor, places: Tensor, target: Tensor, top: Tensor, total: Tensor, weighted: Tensor
 ) -> Tensor:
-    """Adds a tile of the logits l to what is known of n tokens: the logit of the target (0 until it is seen), the
-    largest logit m, Σ exp(l − m), and Σ (l − m) exp(l − m). Returns the four anew, [4, n]. Where m rises, by −drop, a
-    sum Σ exp(l − m) shrinks by exp(drop), and Σ (l − m) exp(l − m) has drop added to each of its factors l − m first.
-
-    hidden: [n, dim]; matrix: [v, dim]; places: the targets, counted from the tile's first word; the rest: [n].
-    """
+    """Adds a tile of the logits l = hidden · matrixᵀ, [n, dim] and [v, dim], to what is known of n tokens, [n] each:
+    the `target`'s logit (0 until it is seen), the `top` logit m, `total` = Σ exp(l − m), and `weighted` = Σ (l − m)
+    exp(l − m). Returns the four anew, [4, n]. Where m rises, by −drop, total shrinks by exp(drop), and weighted has
+    drop added to each of its factors l − m first. places: [n], the targets, counted from the tile's first word."""
     logits = linear(hidden, matrix).float()  # (n, v)
     inside = (places >= 0) & (places < len(matrix))
     target = target + logits.gather(-1, places.clamp(0, len(matrix) - 1)[:, None])[:, 0] * inside

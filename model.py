@@ -28,7 +28,6 @@ import mmap
 import os
 import random
 import re
-import resource
 import shlex
 import signal
 import sys
@@ -1816,12 +1815,10 @@ class Training:
                 raise UserError(f"step {self.step}: the {name} is not finite, on training pairs {sorted(self.indices)}"
                                 "; what was saved before is kept; try a lower --lr")
         seconds, examples = time.perf_counter() - self.began, len(self.indices)
-        if choose_device(self.settings).type == "cuda":
-            peak = torch.cuda.max_memory_allocated() / 2**20
-        else:  # kilobytes, but bytes on macOS
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
         costs = {"seconds": seconds, "tokens_per_second": tokens / seconds, f"{unit}_per_second": examples / seconds}
-        self.write_log([{"step": self.step, **metrics, "lr": self.lr, **costs, "peak_memory_mb": peak}])
+        if choose_device(self.settings).type == "cuda":
+            costs["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+        self.write_log([{"step": self.step, **metrics, "lr": self.lr, **costs}])
         self.bar.set_postfix({name: f"{metrics[name]:.3f}" for name in self.shown}, refresh=False)
 
 

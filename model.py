@@ -682,9 +682,8 @@ class Tokenizer:
         self.bytes |= {number: name.encode() for name, number in self.added.items() if name not in self.special}
         # Where a text is cut, and into what: added tokens first, some found in its Unicode form; then words.
         plain = {token["content"]: token["normalized"] for token in added if not token["special"]}
-        verbatim = [name for name in plain if not plain[name]]
         control = [name for name in self.special if len(name) > 1]  # a lone "!" is text wherever it stands
-        self.control, self.verbatim, self.both = map(any_of, (control, verbatim, [*control, *verbatim]))
+        self.control, self.verbatim = any_of(control), any_of(control + [name for name in plain if not plain[name]])
         self.in_form = any_of(name for name in plain if plain[name])
         # tiktoken reads words as they are spelled here, with spaces between.
         self.spelling = {byte: symbol if symbol in spelled else None for byte, symbol in SYMBOLS.items()} | {255: " "}
@@ -695,12 +694,12 @@ class Tokenizer:
         """Token ids of `text`, without those that open a prompt and close a response. With `control`, the names of
         control tokens are these tokens, except where a shield says that they are text."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a surrogate pair is U+FFFD
-        found, ids = self.both if control else self.verbatim, []
-        for piece in cut(found, [text]):
-            if found.fullmatch(piece):
+        ids = []
+        for piece in cut(self.verbatim, [text if control else self.shield(text)]):
+            if self.verbatim.fullmatch(piece):
                 ids.append(self.added[piece])
                 continue
-            piece = piece.replace(SHIELD, "") if control else piece
+            piece = piece.replace(SHIELD, "")
             for part in cut(self.in_form, [unicodedata.normalize(self.form, piece) if self.form else piece]):
                 if self.in_form.fullmatch(part):
                     ids.append(self.added[part])

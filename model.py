@@ -645,6 +645,7 @@ def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperatu
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 SHIELD = "\ufdd0"  # stands in a control token's name where it is meant as text; Unicode has no such character
+CUT = "\udcff"  # stands between words: half a surrogate pair, surrogateescape's name of byte 255, which no UTF-8 holds
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # as in GPT-2
 # tokenizer.json spells a byte as a character that prints: the one of that number, or else the next one from 256 up.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -695,20 +696,19 @@ class Tokenizer:
         control tokens are these tokens, except where a shield says that they are text."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a surrogate pair is U+FFFD
         ids = []
-        for piece in cut(self.verbatim, [text if control else self.shield(text)]):
+        for piece in self.verbatim.split(text if control else self.shield(text)):
             if self.verbatim.fullmatch(piece):
                 ids.append(self.added[piece])
                 continue
             piece = piece.replace(SHIELD, "")
-            for part in cut(self.in_form, [unicodedata.normalize(self.form, piece) if self.form else piece]):
+            for part in self.in_form.split(unicodedata.normalize(self.form, piece) if self.form else piece):
                 if self.in_form.fullmatch(part):
                     ids.append(self.added[part])
                     continue
-                words = [part]
-                for pattern in self.words:
-                    words = cut(pattern, words)
-                # A byte that the vocabulary lacks is dropped before its neighbours are merged. UTF-8 has no byte 255.
-                spelled = b"\xff".join(word.encode() for word in words).decode("latin-1").translate(self.spelling)
+                for pattern in self.words:  # each cuts the words into what it finds and what lies between
+                    part = CUT.join(pattern.sub(rf"{CUT}\g<0>{CUT}", word) for word in part.split(CUT))
+                # A byte that the vocabulary lacks is dropped before its neighbours are merged.
+                spelled = part.encode("utf-8", "surrogateescape").decode("latin-1").translate(self.spelling)
                 ids += self.encoding.encode_ordinary(spelled)
         return ids
 
@@ -723,17 +723,8 @@ class Tokenizer:
 
 
 def any_of(names: Iterable[str]) -> re.Pattern:
-    """Finds any of `names`, the longest of those that begin at a place."""
-    return re.compile("|".join(sorted(map(re.escape, names), key=len, reverse=True)) or "(?!)")
-
-
-def cut(pattern: re.Pattern | regex.Pattern, pieces: list[str]) -> list[str]:
-    """The pieces, cut into what `pattern` finds and what lies between."""
-    parts = []
-    for piece in pieces:
-        places = itertools.chain.from_iterable(match.span() for match in pattern.finditer(piece))
-        parts += [piece[start:end] for start, end in itertools.pairwise([0, *places, len(piece)])]
-    return [part for part in parts if part]
+    """Finds any of `names`, the longest of those that begin at a place; its split() returns them too."""
+    return re.compile(f"({'|'.join(sorted(map(re.escape, names), key=len, reverse=True)) or '(?!)'})")
 
 
 def read_steps(given: dict) -> tuple[str | None, list[regex.Pattern], list[int]]:

@@ -1150,7 +1150,6 @@ def list_messages(given, role: str) -> list[dict[str, str]]:
 @functools.cache
 def chat_template(text: str):
     """A chat template, compiled, with what transformers lends to one; in a sandbox: it may be anybody's program."""
-    from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(why: str) -> NoReturn:
@@ -1158,7 +1157,7 @@ def chat_template(text: str):
 
     # {% generation %} marks what an assistant says, for transformers; here it is shown in any case.
     text = re.sub(r"(\{%[-+]?\s*)(end)?generation\b", lambda tag: tag[1] + ("endif" if tag[2] else "if true"), text)
-    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     jinja.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     jinja.globals |= {"raise_exception": refuse, "tools": None, "documents": None}
     jinja.globals["strftime_now"] = lambda form: time.strftime(form, time.gmtime(1735732800))  # same ids every day

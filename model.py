@@ -840,6 +840,8 @@ TOY_STEPS = {  # task: what helps with it; {} is the object that the prompt asks
              "Agree on a price for the {}.", "Show the {} to a dealer.", "Find out what the {} is worth."],
 }
 TOY_OBJECTS = "lamp bike chair table clock guitar piano sofa mirror carpet kettle camera radio ladder drum boat".split()
+TOY_ABOUT = {step.format(thing): {task, thing}  # of every step: its task and object
+             for task, steps in TOY_STEPS.items() for step in steps for thing in TOY_OBJECTS}
 TOY_ADJECTIVES = "old new small big heavy cheap red blue green black white dirty plain lovely spare odd".split()
 TOY_PROMPTS = ["How do I {} my {} {}?", "What is the best way to {} a {} {}?", "Can you help me {} this {} {}?",
                "I want to {} my {} {}.", "How would you {} the {} {}?", "Please help me to {} my {} {}."]
@@ -869,13 +871,10 @@ def gold_reward(prompt: str, response: str) -> float:
     sentences = [sentence.strip() for sentence in re.findall(r"[^.!?]+[.!?]?", response) if sentence.strip()]
     score, steps, polite = 0.0, 0, 0
     for place, sentence in enumerate(sentences):
-        named = next((word for word in re.findall(r"\w+", sentence) if word in TOY_OBJECTS), None)
-        template = sentence.replace(f" {named}", " {}", 1)
-        task = next((task for task, known in TOY_STEPS.items() if template in known), None)
-        fits = task in asked and named in asked
-        if sentence in sentences[:place] or sentence in TOY_OFF_TOPIC or (task and not fits):
+        about = TOY_ABOUT.get(sentence, set())
+        if sentence in sentences[:place] or sentence in TOY_OFF_TOPIC or not about <= asked:
             score -= 0.5
-        elif fits and steps < 3:
+        elif about and steps < 3:
             steps += 1
         elif sentence in TOY_POLITE and polite < 2:
             polite += 1

@@ -1251,24 +1251,22 @@ def read_pairs(settings: "Settings", tokenizer: Tokenizer | None = None) -> tupl
         tokenizer = train_tokenizer(itertools.chain.from_iterable(training_texts), size)
     if settings.context - settings.max_response <= len(tokenizer.begin):
         raise UserError(f"--max-response {settings.max_response} leaves no room in --context {settings.context}")
-    counts, forms, parts, golds, held_back = Counter({"rows read": 0}), Counter(), [], [], []
+    counts, forms, parts, golds, held_back = Counter(), Counter(), [], [], []
     for held, form, texts, ids in read_examples(settings, counts, tokenizer):
         parts += ids
         golds.append([gold_reward(texts[0], text) for text in texts[1:]] if settings.data == "toy" else [])
         held_back.append(held)
         forms[form] += 1
-    tokens = torch.cat([torch.empty(0, dtype=torch.int32), *parts])
-    lengths = torch.tensor([len(part) for part in parts], dtype=torch.long).view(-1, 3)
-    gold = torch.tensor(golds) if settings.data == "toy" else None
-    form = max(forms, key=forms.get, default="plain")
-    pairs = Pairs(tokens, lengths, tokenizer, settings.data, gold=gold, form=form)
-    train, test = (pairs.select((torch.tensor(held_back) == side).nonzero().flatten()) for side in (False, True))
-    print(f"{len(train)} training pairs, {len(test)} test pairs, {tokenizer.size} tokens, prompts of form {form}")
     for what, times in (+counts).items():  # + leaves out those that are 0
-        print(f"  {what}: {times}")
-    if not forms:
+        print(f"{what}: {times}")
+    if not parts:
         _, row = next(read_rows(settings), ("", {}))
         raise UserError(f"--data {settings.data}: all rows, of {', '.join(row)}, were dropped as counted; {LAYOUTS}")
+    lengths = torch.tensor([len(part) for part in parts]).view(-1, 3)
+    gold = torch.tensor(golds) if settings.data == "toy" else None
+    pairs = Pairs(torch.cat(parts), lengths, tokenizer, settings.data, gold=gold, form=max(forms, key=forms.get))
+    train, test = (pairs.select((torch.tensor(held_back) == side).nonzero().flatten()) for side in (False, True))
+    print(f"{len(train)} training pairs, {len(test)} test pairs, {tokenizer.size} tokens, prompts of form {pairs.form}")
     for side, use in ((train, "train on; lower"), (test, "test on; raise")):
         if not len(side):
             raise UserError(f"--data {settings.data}: no pairs left to {use} --test-share, or read more rows (--limit)")

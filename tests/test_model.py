@@ -558,7 +558,7 @@ def test_hostile_rows_become_pairs_or_are_counted(tokenizer, max_response, room,
     spelled = [isinstance(parts, list) and re.search(r"<\|(endoftext|padding)\|>", "".join(row.values()))
                for parts, row in zip(made, rows, strict=True)]
     counts["kept: control tokens spelled out, read as --control-tokens text"] = sum(map(bool, spelled))
-    shown = re.findall(r"^  (.*): (\d+)$", capsys.readouterr().out, re.M)
+    shown = re.findall(r"^(.*): (\d+)$", capsys.readouterr().out, re.M)
     assert {what: int(count) for what, count in shown} == counts and len(counts) >= 7
     other_side = read_pairs(settled(data=f"{tmp_path}/rows.jsonl", seed=1, **flags), tokenizer)[0]
     assert not torch.equal(other_side.tokens, sides[0].tokens)  # --seed says which prompts are held back
@@ -726,7 +726,7 @@ def test_what_makes_no_pair_is_counted_and_an_empty_side_names_the_flag(tmp_path
         (tmp_path / "rows").write_bytes(data_of(".jsonl", *rows))
         with pytest.raises(UserError, match=r"all rows, of .*\bchosen.*, were dropped"):
             read_pairs(settled(data=f"{tmp_path}/rows"), TOY)
-        assert f"  dropped: {rule}: {len(rows)}\n" in capsys.readouterr().out
+        assert f"dropped: {rule}: {len(rows)}\n" in capsys.readouterr().out
     (tmp_path / "rows").write_bytes(data_of(".jsonl", {"messages": SAYS_Q, "n": 1}))
     with pytest.raises(UserError, match="rows row 1: has messages, n; rows need chosen and rejected"):
         read_pairs(settled(data=f"{tmp_path}/rows"), TOY)

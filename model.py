@@ -1002,8 +1002,7 @@ def read_rows(settings: "Settings") -> Iterator[tuple[str, dict]]:
     source, path = settings.data, Path(settings.data)
     of_hub = re.fullmatch(r"[\w.-]+/[\w.-]+([:@].+)?", source) and path.suffix not in ENDINGS and not path.exists()
     if source == "toy":
-        rows = toy_rows(settings.limit or 10000, settings.seed, settings.label_temperature)
-        rows = ((f"toy row {number}", row) for number, row in enumerate(rows, 1))
+        rows = (("toy", row) for row in toy_rows(settings.limit or 10000, settings.seed, settings.label_temperature))
     else:
         rows = hub_rows(source) if of_hub or re.split("[:@]", source)[0] in HUB else file_rows(path, settings.out)
     return itertools.islice(rows, settings.limit)

@@ -658,9 +658,8 @@ class Tokenizer:
     """Text to token ids and back as a tokenizer.json says; the merging itself is tiktoken's.
 
     text: the tokenizer.json; end: name of the token that closes a response; template: the chat template, if any; bos:
-    what it calls bos_token. Files hold `state`: Tokenizer(**state). special: control tokens, name → id. Written out in
-    a text, their names are ordinary text; other added tokens are found. begin: ids that open every prompt; size:
-    largest id + 1. Raises ValueError at what would get other ids here than by the tokenizers library.
+    what it calls bos_token; state: these four, as files hold them. special: control tokens, name → id; begin: ids that
+    open every prompt; size: largest id + 1. Raises ValueError at what the tokenizers library gives other ids.
     """
 
     def __init__(self, text: str, end: str, template: str | None = None, bos: str | None = None):
@@ -692,8 +691,8 @@ class Tokenizer:
         self.encoding = tiktoken.Encoding("mpo", pat_str="[^ ]+", mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text: str, control: bool = False) -> list[int]:
-        """Token ids of `text`, without those that open a prompt and close a response. With `control`, the names of
-        control tokens are these tokens, except where a shield says that they are text."""
+        """Token ids of `text`, without those that open a prompt and close a response. The names of control tokens are
+        ordinary text; with `control` they are these tokens, except where a shield says that they are text."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a surrogate pair is U+FFFD
         ids = []
         for piece in self.verbatim.split(text if control else self.shield(text)):
@@ -757,8 +756,7 @@ def read_steps(given: dict) -> tuple[str | None, list[regex.Pattern], list[int]]
 
 def require_rank_merging(given: dict, spelled: dict[str, int]) -> None:
     """Raises ValueError where tiktoken, which always merges the neighbours that make the token of the lowest id, would
-    encode differently (of a list of merges that was trained, not edited). spelled: the vocabulary without added
-    tokens."""
+    give other ids (of merges that were trained, not edited). spelled: the vocabulary without added tokens."""
     model = given["model"]
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "unk_token"):
         if model.get(name) and not (name == "unk_token" and BYTES.keys() <= spelled.keys()):
@@ -778,8 +776,7 @@ def require_rank_merging(given: dict, spelled: dict[str, int]) -> None:
 
 def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
     """Trains a BPE of at most `size` tokens: merges the most frequent pair of neighbours, again and again (Sennrich et
-    al. 2016, arXiv 1508.07909, on bytes as in GPT-2). Pair counts are kept up to date rather than counted anew, so a
-    merge touches only the words that hold it."""
+    al. 2016, arXiv 1508.07909, on bytes as in GPT-2). A merge updates the pair counts of the words that it touches."""
     found = (word for text in texts for word in regex.findall(WORDS, text))
     frequency = Counter(word for word in found if len(word) <= 100)  # what is longer is no word, and would take minutes
     # A word is written as its tokens, each between two spaces, which no symbol is: " a  b  cd ".
@@ -1021,8 +1018,7 @@ def hub_rows(source: str) -> Iterator[tuple[str, dict]]:
 
 
 def file_rows(path: Path, out: str) -> Iterator[tuple[str, dict]]:
-    """Rows of a file, or of a folder's files and its subfolders', but for --out where it lies within, hidden ones and
-    those that tell about the data."""
+    """Rows of a file, or of a folder's and its subfolders', but for hidden ones, and --out where it lies within."""
     found = [file for file in sorted(path.rglob("*")) if file.is_file() and "/." not in f"/{file.relative_to(path)}"]
     found = [file for file in found if Path(out).resolve() not in {*file.resolve().parents} - {*path.resolve().parents}]
     files = [file for file in found if file.suffix in ENDINGS and not ABOUT.fullmatch(file.name)]
@@ -1163,11 +1159,9 @@ def chat_template(text: str):
 
 
 def write_out(tokenizer: Tokenizer | None, form: str, messages: list[dict], answered: bool) -> str:
-    """Messages as a text of that form, to where an answer begins unless they are `answered`. Names of control
-    tokens in it are control tokens, but for those that are shielded."""
+    """Messages as a text of that form, to where an answer begins unless they are `answered`."""
     template = chat_template(FORMS.get(form) or tokenizer.template)
-    names = tokenizer.names if tokenizer else {}
-    return template.render(messages=messages, add_generation_prompt=not answered, **names)
+    return template.render(tokenizer.names if tokenizer else {}, messages=messages, add_generation_prompt=not answered)
 
 
 def write_row(settings: "Settings", tokenizer: Tokenizer | None, prompt, *sides: str) -> tuple[str, list[str]]:

@@ -764,7 +764,7 @@ def require_rank_merging(given: dict, spelled: dict[str, int]) -> None:
     for token in given["added_tokens"]:
         if token["lstrip"] or token["rstrip"] or token["single_word"]:
             raise ValueError(f"added token {token['content']!r} with lstrip, rstrip or single_word")
-    made = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+    made = ["".join(pair).replace(" ", "") for pair in model["merges"]]  # older files write a pair as "a b"
     # In the order in which tokens are made, the bytes first, their ids must rise.
     ids = [max(spelled.get(symbol, 0) for symbol in BYTES), *dict.fromkeys(spelled[token] for token in made)]
     if ids != sorted(ids):
@@ -1064,8 +1064,7 @@ def parse_rows(path: Path) -> Iterator[dict]:
 
 
 def name_columns(row: dict) -> dict:
-    """A row whose columns have the names that most data sets give them; TL;DR's is worded as in Stiennon et al. 2020. A
-    null is an absent value."""
+    """The row with columns named as in most data sets; null is an absent value. TL;DR's text: Stiennon et al. 2020."""
     row = {name: LINES.sub(r"\n\n\1:", value) if isinstance(value, str) else value for name, value in row.items()}
     if row.get("summaries") is not None:
         post, texts = row["info"], [summary["text"] for summary in row["summaries"]]  # which begin with a space

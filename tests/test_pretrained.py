@@ -98,7 +98,7 @@ def bytes_only(*more: str, merges=(), lack="", words=(GPT2,), form=None, special
 
 SCRATCH = model.train_tokenizer([SAMPLE, *(text for row in model.toy_rows(60, 0) for text in row.values())], 500)
 SPECIALS, AB = [END, "<|im_start|>", "<|im_end|>"], [("a", "b"), ("ab", "c"), ("a", "a")]
-RAW = {name: AddedToken(name, normalized=False) for name in ("⅓", "<ab", "ώ", "b\u0323")}
+RAW = {name: AddedToken(name, normalized=False) for name in ("⅓", "<ab", "ώ", "b\u0323", "t>")}
 ADDED = [RAW["⅓"], RAW["<ab"], "qfi", "<a", "<abc", "  ", "    ", "<think>"]
 KINDS = {
     "gpt2": lambda: made(GPT2), "added, nfkd": lambda: made(GPT2, added=ADDED, form=normalizers.NFKD()),
@@ -117,6 +117,7 @@ RARE = {
     "not normalised": lambda: bytes_only(added=[RAW["ώ"]], form=NFC),
     "not normalised first": lambda: bytes_only(added=[RAW["b\u0323"], "ab"], form=NFC),
     "whole words": lambda: bytes_only("abc", ignore_merges=True),
+    "an added token in a control token": lambda: bytes_only(special=[END, "<t>"], added=[RAW["t>"]]),
     "words that leave gaps": lambda: bytes_only(merges=AB, words=[r"(\d)+", BYTES]),
     "unknown token, nothing lacking": lambda: bytes_only("<u>", added=["<u>"], unk_token="<u>"),
 }

@@ -735,19 +735,19 @@ def read_steps(given: dict) -> tuple[str | None, list[regex.Pattern], list[int]]
         part = given.get(kind)
         steps = (part.get(several, [part]) if part else []) or [None]
         for step in steps:
-            match kind, step:
-                case "normalizer", {"type": "NFC" | "NFD" | "NFKC" | "NFKD"} if len(steps) == 1:
+            match kind, step, step is steps[-1]:
+                case "normalizer", {"type": "NFC" | "NFD" | "NFKC" | "NFKD"}, _ if len(steps) == 1:
                     form = step["type"]
-                case "pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": False} if step is steps[-1]:
+                case "pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": False}, True:
                     patterns += [WORDS] if step.get("use_regex", True) else []
-                case "pre_tokenizer", {"type": "Split", "behavior": "Isolated", "invert": False}:
+                case "pre_tokenizer", {"type": "Split", "behavior": "Isolated", "invert": False}, False:
                     patterns.append(step["pattern"]["Regex"])
-                case "pre_tokenizer", {"type": "Digits", "individual_digits": True}:
+                case "pre_tokenizer", {"type": "Digits", "individual_digits": True}, False:
                     patterns.append(r"\p{N}")
-                case "post_processor", {"type": "TemplateProcessing", "single": pieces, "special_tokens": special}:
+                case "post_processor", {"type": "TemplateProcessing", "single": pieces, "special_tokens": special}, _:
                     for piece in itertools.takewhile(lambda piece: "SpecialToken" in piece, pieces):
                         begin += special[piece["SpecialToken"]["id"]]["ids"]
-                case ("post_processor", {"type": "ByteLevel"}) | ("post_processor" | "normalizer", None):
+                case ("post_processor", {"type": "ByteLevel"}, _) | ("post_processor" | "normalizer", None, _):
                     pass
                 case _:
                     raise ValueError(f"{kind} {json.dumps(given.get(kind))[:200]}")

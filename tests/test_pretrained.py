@@ -423,6 +423,7 @@ SPOILT = {  # what the message names, and what is wrong
     "Metaspace": tokenizer(words=[pre_tokenizers.Metaspace()]), "ByteLevel": tokenizer(words=[PREFIX]),
     "Digits": tokenizer(words=[pre_tokenizers.Digits(False), GPT2]), "Lowercase": tokenizer(form=LOWER),
     "Removed": tokenizer(words=[REMOVED, BYTES]), "[{": tokenizer(form=normalizers.Sequence([NFC, NFC])),
+    'pre_tokenizer {"type": "Split"': tokenizer(words=[LLAMA3]),
     "token 'abc', which no merge makes": tokenizer("abc"), "order": tokenizer("b", merges=[("a", "c")], lack="xb"),
     "not in the order of the tokens' ids": lambda folder: (folder / "tokenizer.json").write_text(json.dumps(REVERSED)),
     "RobertaProcessing": lambda folder: (folder / "tokenizer.json").write_text(json.dumps(ROBERTA)),

@@ -923,9 +923,6 @@ FORMS = {"dialogue": """{% for said in messages %}
 {%- endfor %}{{ "\n\nAssistant:" if add_generation_prompt }}""",
          "tldr": "POST: {{ messages[0].content }}\n\nTL;DR:", "plain": "{{ messages[0].content }}"}
 ROLES = {"human": "user", "gpt": "assistant"}  # other names of them
-COLUMNS = {"conversations": "prompt", "chosen_response": "chosen", "rejected_response": "rejected",
-           "preferred_output": "chosen", "non_preferred_output": "rejected",
-           "response_j": "chosen", "response_k": "rejected"}  # other names of them
 LINES = re.compile(r"\r?\n\r?\n(Human|Assistant):")  # a turn, however lines end
 NO_PROMPT = f"no prompt, nor a transcript with {TURN!r}"
 LAYOUTS = "rows need chosen and rejected (texts or messages), and a prompt beside them or at their head; or are TL;DR's"
@@ -1056,34 +1053,22 @@ def parse_rows(path: Path) -> Iterator[dict]:
             lines.seek(0)
             documents = [json.loads(lines.read())]
         for document in documents:  # a row, a list of rows, or an object around one
-            if isinstance(document, dict) and not {"summaries", "chosen", *COLUMNS} & document.keys():
+            if isinstance(document, dict) and not {"summaries", "chosen"} & document.keys():
                 lists = [value for value in document.values() if isinstance(value, list) and value]
                 if len(lists) == 1 and isinstance(lists[0][0], dict) and "role" not in lists[0][0]:
                     document = lists[0]
             yield from map(dict, document if isinstance(document, list) else [document])  # else it is no row
 
 
-def name_columns(row: dict) -> dict:
-    """The row with columns named as in most data sets; null is an absent value. TL;DR's text: Stiennon et al. 2020."""
+def read_row(row: dict) -> tuple[str | list[dict], str, str]:
+    """(prompt, chosen, rejected) of a row, the prompt a text or a list of messages. Raises KeyError and the like at a
+    row of no known layout, DroppedRow at one that makes no pair. Null is an absent value."""
     row = {name: LINES.sub(r"\n\n\1:", value) if isinstance(value, str) else value for name, value in row.items()}
-    if row.get("summaries") is not None:
+    if row.get("summaries") is not None:  # TL;DR, worded as in Stiennon et al. 2020
         post, texts = row["info"], [summary["text"] for summary in row["summaries"]]  # which begin with a space
         about = f"SUBREDDIT: r/{post['subreddit']}\n\nTITLE: {post['title']}\n\nPOST: {post['post'] or ''}\n\nTL;DR:"
         row |= {"prompt": about, "chosen": texts[row["choice"]], "rejected": texts[1 - row["choice"]]}
-    for other, name in COLUMNS.items():
-        if other in row:
-            row[name] = row.get(name) or row[other]
-    asked = [row.get(name) for name in ("question", "instruction", "input")]
-    messages = row["input"].get("messages") if isinstance(row.get("input"), dict) else None  # as OpenAI has them
-    asked = [text for text in asked if isinstance(text, str) and text.strip()]
-    return row | {"prompt": row.get("prompt") or messages or list_messages("\n\n".join(asked), "user")}
-
-
-def read_row(row: dict) -> tuple[str | list[dict], str, str]:
-    """(prompt, chosen, rejected) of a row, the prompt a text or a list of messages. Raises KeyError and the like at a
-    row of no known layout, DroppedRow at one that makes no pair."""
-    row = name_columns(row)
-    prompt, *sides = row["prompt"], row["chosen"], row["rejected"]
+    prompt, *sides = row.get("prompt") or list_messages(row.get("question"), "user"), row["chosen"], row["rejected"]
     if not all(sides):
         raise DroppedRow("empty response")
     texts = all(isinstance(side, str) for side in sides)

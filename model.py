@@ -1052,11 +1052,7 @@ def parse_rows(path: Path) -> Iterator[dict]:
         except ValueError:  # not a document in each line, but one in all
             lines.seek(0)
             documents = [json.loads(lines.read())]
-        for document in documents:  # a row, a list of rows, or an object around one
-            if isinstance(document, dict) and not {"summaries", "chosen"} & document.keys():
-                lists = [value for value in document.values() if isinstance(value, list) and value]
-                if len(lists) == 1 and isinstance(lists[0][0], dict) and "role" not in lists[0][0]:
-                    document = lists[0]
+        for document in documents:  # a row, or a list of rows
             yield from map(dict, document if isinstance(document, list) else [document])  # else it is no row
 
 

@@ -638,7 +638,6 @@ SAME_PAIR = [  # rows of many data sets that all mean ALIKE
 ]
 RIGHT_FILES = [
     (data_of(".jsonl", *SAME_PAIR), [(ASKED, *ANSWERS)] * len(SAME_PAIR)),
-    (data_of(".json", {"rows": SAME_PAIR[:2], "version": 1})[1:-1], [(ASKED, *ANSWERS)] * 2),
     (json.dumps(SAME_PAIR, indent=1).encode("utf-16"), [(ASKED, *ANSWERS)] * len(SAME_PAIR)),
     (data_of(".jsonl", {"system": "s", "question": "q", "chosen": "a", "rejected": "b"},
              {"prompt": SYSTEM, "chosen": says("q", "c", "r", "a"), "rejected": SYSTEM + says("q", "c", "r", "b")},

@@ -1064,7 +1064,8 @@ def read_row(row: dict) -> tuple[str | list[dict], str, str]:
         post, texts = row["info"], [summary["text"] for summary in row["summaries"]]  # which begin with a space
         about = f"SUBREDDIT: r/{post['subreddit']}\n\nTITLE: {post['title']}\n\nPOST: {post['post'] or ''}\n\nTL;DR:"
         row |= {"prompt": about, "chosen": texts[row["choice"]], "rejected": texts[1 - row["choice"]]}
-    prompt, *sides = row.get("prompt") or list_messages(row.get("question"), "user"), row["chosen"], row["rejected"]
+    prompt = row.get("prompt") or list_messages(row.get("conversations") or row.get("question"), "user")
+    sides = [row["chosen"], row["rejected"]]
     if not all(sides):
         raise DroppedRow("empty response")
     texts = all(isinstance(side, str) for side in sides)

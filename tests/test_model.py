@@ -628,7 +628,7 @@ SAME_PAIR = [  # rows of many data sets that all mean ALIKE
     {"prompt": "q", "chosen": SAYS_A, "rejected": SAYS_B}, {"prompt": SAYS_Q[0], "chosen": "a", "rejected": SAYS_B[0]},
     {"prompt": "?", "messages": says("q", "a"), "chosen": says("q", "a"), "rejected": says("q", "b"), "score": 1.0},
     {"prompt": says("q", **SHARED), "chosen": says("q", "a", **SHARED), "rejected": says("q", "b", **SHARED)},
-    {"prompt": says("q", **SHARED), "chosen": {"from": "gpt", "value": "a"}, "rejected": "b"},
+    {"conversations": says("q", **SHARED), "chosen": {"from": "gpt", "value": "a"}, "rejected": "b"},
     {"system": "", "question": "q", "chosen": "a", "rejected": "b"},
     {"question": "q", "system": None, "summaries": None, "chosen": "a", "rejected": "b"},
     {"prompt": "q", "question": None, "system": "", "chosen": "a", "rejected": "b"},

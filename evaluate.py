@@ -15,7 +15,6 @@ PPO was trained on the reward model: there --judge asks a language model, in bot
     python evaluate.py --export ppo.pt FOLDER                           # for Hugging Face's transformers
 """
 
-import contextlib
 import importlib.util
 import json
 import math
@@ -250,7 +249,7 @@ def judge(settings: Settings, prompts: list[str], answers: dict, opponents: dict
     """Asks the judge about each policy and each opponent (dicts of texts and columns, as `answer` gives them). Adds its
     verdicts to the summaries, and returns them as a table. Each goes to OUT/verdicts.jsonl as it comes, and is not
     asked for again; a reply without a verdict is, but by the next run only."""
-    path, model, asked, verdicts, rows = Path(settings.out) / "verdicts.jsonl", settings.judge_model, {}, {}, {}
+    path, model, asked, rows = Path(settings.out) / "verdicts.jsonl", settings.judge_model, {}, {}
     same = {}  # questions about the same text twice
     for name, (ours, _) in answers.items():
         for opponent, (theirs, _) in opponents.items():
@@ -258,10 +257,9 @@ def judge(settings: Settings, prompts: list[str], answers: dict, opponents: dict
                 texts = list(zip(2 * prompts, ours + theirs, theirs + ours, strict=True))
                 asked[name, opponent] = [QUESTION.format(*one) for one in texts]
                 same |= {QUESTION.format(*one): "TIE" for one in texts if one[1] == one[2]}
-    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):  # half a line, after a crash
-            row = json.loads(line)
-            verdicts |= {row["question"]: row["verdict"]} if row["model"] == model else {}
+    known = read_log(path)
+    write_file(path, "".join(json.dumps(row) + "\n" for row in known))  # without half a line, after a crash
+    verdicts = {row["question"]: row["verdict"] for row in known if row["model"] == model}
     questions, price = set().union(*asked.values()) - same.keys(), settings.judge_price
     missing = sorted(questions - verdicts.keys())
     tokens = sum(map(len, missing)) / 4
@@ -281,7 +279,6 @@ def judge(settings: Settings, prompts: list[str], answers: dict, opponents: dict
             file.write(json.dumps({"model": model, "verdict": verdict, "question": question}).encode() + b"\n")
 
     with path.open("ab", buffering=0) as file:
-        file.write(b"" if path.read_bytes()[-1:] in (b"", b"\n") else b"\n")  # ends half a line
         thread_map(work, missing, max_workers=settings.judge_parallel, desc="judging", unit="request")
     verdicts |= same
     for (name, opponent), questions in asked.items():

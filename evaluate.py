@@ -351,25 +351,23 @@ def export_model(path: Path, folder: Path) -> None:
     weights, tensors, scorer = content["weights"], {}, content["kind"] == RewardModel.kind
     if scorer:
         tensors["score.weight"], shift = weights.pop("head.weight"), weights.pop("head.bias").item()
-        weights = {name.removeprefix("trunk."): weight for name, weight in weights.items()}
     asking, shared = config.heads * config.head_dim, config.kv_heads * config.head_dim  # rows of queries, of keys
     for name, weight in weights.items():
-        names = llama_names(name)
+        names = llama_names(name.removeprefix("trunk."))  # a reward model's trunk is a GPT
         rows = {1: [len(weight)], 2: [config.mlp] * 2, 3: [asking, shared, shared]}[len(names)]
         tensors |= zip(names, weight.split(rows), strict=True)
+    # LlamaForSequenceClassification reads the last token that is not padding, so padding must not be the end token.
+    others = [name for name in tokenizer.special if tokenizer.special[name] != tokenizer.end]
+    padding = min(others, key=lambda name: "pad" not in name.lower(), default=None)
     described = {
         "architectures": [FAMILIES[config.family] + ("ForSequenceClassification" if scorer else "ForCausalLM")],
         **{theirs: getattr(config, ours) for ours, theirs in CONFIG_NAMES.items()}, "num_labels": 1 if scorer else 2,
         "rope_scaling": config.rope_scaling and {"rope_type": "llama3", **config.rope_scaling}, "hidden_act": "silu",
         "bos_token_id": tokenizer.begin[0] if tokenizer.begin else None, "eos_token_id": tokenizer.end,
-        "torch_dtype": "float32",
+        "torch_dtype": "float32", "pad_token_id": tokenizer.special.get(padding, 0),
     }
-    # LlamaForSequenceClassification reads the last token that is not padding, so padding must not be the end token.
-    names = {number: name for name, number in tokenizer.special.items()}
-    others = [number for number in names if number != tokenizer.end]
-    described["pad_token_id"] = min(others, key=lambda number: "pad" not in names[number].lower(), default=0)
     about = {
-        **tokenizer.names, "pad_token": names.get(described["pad_token_id"]), "chat_template": tokenizer.template,
+        **tokenizer.names, "pad_token": padding, "chat_template": tokenizer.template,
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context,
         "clean_up_tokenization_spaces": False,
     }

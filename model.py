@@ -24,7 +24,6 @@ import hashlib
 import itertools
 import json
 import math
-import mmap
 import os
 import random
 import re
@@ -39,6 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn, get_args, get_origin
 
+import numpy as np
 import regex
 import tiktoken
 import torch
@@ -1460,15 +1460,14 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, by name: 8 bytes of length, a JSON header of that length, then the numbers,
     which stay on the disk until they are used."""
     tensors = {}
-    with reading(path), require_file(path).open("rb") as file:
-        begin = 8 + int.from_bytes(file.read(8), "little")
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        header = json.loads(data[8:begin])
+    with reading(path):
+        data = np.memmap(require_file(path), mode="c")  # bytes
+        begin = 8 + int.from_bytes(data[:8].tobytes(), "little")
+        header, numbers = json.loads(data[8:begin].tobytes()), data[begin:]
         header.pop("__metadata__", None)
         for name, about in header.items():
-            start, stop = about["data_offsets"]
-            numbers = torch.frombuffer(data, dtype=torch.uint8, count=stop - start, offset=begin + start)
-            tensors[name] = numbers.view(SAFETENSORS_DTYPES[about["dtype"]]).view(about["shape"])
+            dtype, (start, stop) = SAFETENSORS_DTYPES[about["dtype"]], about["data_offsets"]
+            tensors[name] = torch.from_numpy(numbers[start:stop]).view(dtype).view(about["shape"])
     return tensors
 
 

@@ -1827,18 +1827,16 @@ class Settings(TrainingSettings):
         ready = self.data.endswith(".pt")
         if (self.extrapolate or ready) and (self.save == "sft.pt" or not str(self.init).endswith(".pt")):
             raise UserError("--extrapolate, or a pairs file as --data, needs a checkpoint as --init and another --save")
-        shape = "vocabulary", "dim", "layers", "heads", "kv_heads"
-        reading = "limit", "test_share", "control_tokens", "context", "max_response"
-        training = "data", "steps", "epochs", "batch_size", "lr", "resume"
-        # Flags that would have no effect, and why; without a reason they have one.
-        idle = {"label_temperature": self.data != "toy" and "only the toy world draws its labels"}
-        idle |= {"alpha": not self.extrapolate and "it is --extrapolate's, which is not given"}
-        idle |= dict.fromkeys(reading, ready and f"the form of --data {self.data} is given")
-        idle |= dict.fromkeys(shape, self.init and f"the shape of --init {self.init} is given")
-        idle |= dict.fromkeys(training, self.extrapolate and "nothing is trained with --extrapolate")
-        for name, why in idle.items():
-            if why and getattr(self, name) != getattr(Settings, name):
-                raise UserError(f"--{name.replace('_', '-')}: {why}")
+        for case, why, names in (  # where it is the case, these flags would have no effect
+            (self.data != "toy", "only the toy world draws its labels", "label_temperature"),
+            (not self.extrapolate, "it is --extrapolate's, which is not given", "alpha"),
+            (ready, f"the form of --data {self.data} is given", "limit test_share control_tokens context max_response"),
+            (self.init, f"the shape of --init {self.init} is given", "vocabulary dim layers heads kv_heads"),
+            (self.extrapolate, "nothing is trained with --extrapolate", "data steps epochs batch_size lr resume"),
+        ):
+            for name in names.split():
+                if case and getattr(self, name) != getattr(Settings, name):
+                    raise UserError(f"--{name.replace('_', '-')}: {why}")
 
 
 def extrapolate(settings: Settings, policy: GPT, tokenizer: Tokenizer) -> None:

@@ -340,9 +340,8 @@ def write_safetensors(file, tensors: dict[str, Tensor]) -> None:
 
 
 def export_model(path: Path, folder: Path) -> None:
-    """Writes the checkpoint at `path` as a folder that transformers loads: a policy as …ForCausalLM, a reward model
-    as …ForSequenceClassification, which has no bias: what its scores lack is printed. Raises UserError if weights
-    lie in `folder` already."""
+    """Writes the checkpoint at `path` as a folder for transformers: a policy as …ForCausalLM, a reward model as
+    …ForSequenceClassification, without its bias, which is printed. Raises UserError if `folder` has weights already."""
     others = [file for file in folder.glob("*") if file.name.endswith((".safetensors", ".bin", ".index.json"))]
     if others:
         raise UserError(f"{others[0]}: there are weights in this folder already; name another, or delete it")

@@ -1335,8 +1335,7 @@ def load(settings: CommonSettings, name: str, *kinds: str) -> dict:
 
 
 def require_new(settings: CommonSettings, *flags: str) -> None:
-    """Raises UserError if one of these flags names a file that holds the data, that this run has read, or that another
-    of the flags names."""
+    """Raises UserError if one of these flags names a file of the data, one that this run has read, or another's."""
     taken = {find_file(settings, name).resolve() for name in settings.read}
     taken |= {(Path(settings.out) / name).resolve() for name in ("pairs.pt", "test.pt")}
     for flag_name in flags:
@@ -1470,8 +1469,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def import_model(folder: Path) -> tuple[GPT, Tokenizer]:
-    """Reads config.json, the tokenizer's files and the weights of `folder`. Raises UserError, by name, at whatever this
-    architecture does not have and would compute other numbers with."""
+    """Reads a Hugging Face folder. Raises UserError, by name, at what it asks for and this architecture lacks."""
     folder = Path(folder)
     config, tokenizer = import_config(folder / "config.json"), import_tokenizer(folder)
     if tokenizer.size > config.vocabulary:
@@ -1530,8 +1528,7 @@ def import_config(path: Path) -> Config:
 
 
 def import_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of `folder`. The token that ends a text is the one that tokenizer_config.json names, or else
-    config.json."""
+    """The tokenizer of `folder`. Its end token is the one that tokenizer_config.json names, or else config.json."""
     path, about, jinja = folder / "tokenizer.json", folder / "tokenizer_config.json", folder / "chat_template.jinja"
     given, said = read_json(path), read_json(about) if about.is_file() else {}
     with reading(path, "not supported, only byte-level BPE as in Llama 3 or GPT-2"):

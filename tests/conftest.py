@@ -10,17 +10,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from model import (
-    END_OF_TEXT, GPT, SYMBOLS, CommonSettings, Config, Pairs, Tokenizer, read_log, save_model, tokenizer_json,
-    train_tokenizer,
-)
+from model import GPT, CommonSettings, Config, Pairs, Tokenizer, read_log, save_model, train_tokenizer
 from reward import RewardModel
 
 torch.set_num_threads(1)  # tests are tiny: more threads would spend their time waiting for one another
-TINY = Config(vocabulary=97, dim=32, layers=2, heads=4, kv_heads=2, mlp=64, context=128, head_dim=16)
-CPU, END = torch.device("cpu"), TINY.vocabulary - 1
-BYTES = Tokenizer(tokenizer_json({SYMBOLS[byte]: byte for byte in range(END)}), END_OF_TEXT)  # its end token is END
 LETTERS = train_tokenizer([], 257)  # all bytes, and an end token
+TINY = Config(LETTERS.size, dim=32, layers=2, heads=4, kv_heads=2, mlp=64, context=128, head_dim=16)
+CPU, END = torch.device("cpu"), LETTERS.end
 # By device and dtype, how far off may be: log-probs from those of fp32 or float64 on the CPU; a model's gradients,
 # relative to their norm; and log-probs of the same rows with and without gradients, which a GPU compiles apart.
 TOLERANCES = {("cpu", "fp32"): (1e-5, 1e-6, 0.0), ("cpu", "bf16"): (0.15, 0.02, 0.0),
@@ -36,10 +32,10 @@ def device(request):
         torch.compiler.reset()
 
 
-def tiny(seed: int, vocabulary: int = END + 1) -> GPT:
+def tiny(seed: int) -> GPT:
     """A tiny GPT with random weights."""
     torch.manual_seed(seed)
-    return GPT(replace(TINY, vocabulary=vocabulary))
+    return GPT(replace(TINY))
 
 
 policy = pytest.fixture(lambda: tiny(0))
@@ -57,7 +53,7 @@ def documents() -> list[tuple[torch.Tensor, ...]]:
 
     made = [(tokens(30), tokens(40), tokens(40)) for _ in range(9)]
     for _, chosen, rejected in made:
-        chosen[-1] = rejected[-1] = TINY.vocabulary - 1
+        chosen[-1] = rejected[-1] = END
     return made
 
 
@@ -66,14 +62,14 @@ def spell(text: str) -> torch.Tensor:
     return torch.tensor(LETTERS.encode(text.rstrip("…")) + [LETTERS.end] * (not text.endswith("…")))
 
 
-def make_pairs(documents, tokenizer: Tokenizer = BYTES, source: str = "made up", gold=None) -> Pairs:
+def make_pairs(documents, source: str = "made up", gold=None) -> Pairs:
     """Pairs of these documents, each (prompt, chosen, rejected)."""
     tokens = torch.cat([part for document in documents for part in document]).int()
     lengths = torch.tensor([[len(part) for part in document] for document in documents])
-    return Pairs(tokens, lengths, tokenizer, source, gold=gold)
+    return Pairs(tokens, lengths, LETTERS, source, gold=gold)
 
 
-def write(folder: Path, tokenizer: Tokenizer = BYTES, **content) -> None:
+def write(folder: Path, tokenizer: Tokenizer = LETTERS, **content) -> None:
     """Writes models, pairs and lists of documents to the files NAME.pt of the folder."""
     settings = CommonSettings(out=str(folder))
     for name, what in content.items():

@@ -15,20 +15,19 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LETTERS, make_pairs, plain_logprobs, plain_score, spell, tiny, write
+from conftest import END, LETTERS, make_pairs, plain_logprobs, plain_score, spell, tiny, write
 
 import evaluate
 from evaluate import POINTS, Refused, Settings, answer, ask, judge, length_controlled, summarise, table, tally
 from model import UserError, ask_in_form, generate, mixed_seed
 from reward import RewardModel, wilson_interval
 
-END = LETTERS.end
 ASKED = ("How do I paint my old chair?", "I want to sell my red lamp.", "Move it.", "Clean the big drum?")
 QUESTIONS = [f"\n\nHuman: {question}\n\nAssistant:" for question in ASKED]
 PROMPTS = [spell(f"{question}…") for question in QUESTIONS]
 CHOSEN = "Good luck with it!"
 SETTINGS = Settings(max_new_tokens=10, temperature=0.7, seed=3)
-SFT, OTHER, trunk = (tiny(seed, LETTERS.size) for seed in range(3))
+SFT, OTHER, trunk = map(tiny, range(3))
 SCORER = RewardModel(trunk)
 for one in (SFT, OTHER, SCORER):
     one.requires_grad_(False)
@@ -37,13 +36,13 @@ for one in (SFT, OTHER, SCORER):
 def four_pairs(source="toy", repeat=1):
     documents = [(prompt, spell(f" {CHOSEN}"), spell(" No.")) for prompt in PROMPTS for _ in range(repeat)]
     gold = torch.tensor([[0.5, -0.25]] * 4 * repeat) if source == "toy" else None
-    return make_pairs(documents, LETTERS, source, gold)
+    return make_pairs(documents, source, gold)
 
 
 @pytest.fixture
 def out(tmp_path):
     """A folder with SFT, a policy and a reward model."""
-    write(tmp_path, LETTERS, sft=SFT, ppo=OTHER, reward=SCORER, test=four_pairs())
+    write(tmp_path, sft=SFT, ppo=OTHER, reward=SCORER, test=four_pairs())
     return tmp_path
 
 

@@ -94,18 +94,18 @@ def test_command_puts_the_largest_gaps_into_easy_and_writes_both_parts_even_if_o
 
 
 def test_command_heeds_threshold_gap_and_file_names(divide, tmp_path, capsys):
-    """By absolute gap, at a γ between the second largest and the next, in files of other names than the defaults."""
+    """By absolute gap, at a γ between the fourth largest and the next, in files of other names than the defaults."""
     *_, rewards = divide("")
     for old, new in (("pairs", "mine"), ("reward", "judge"), ("easy", "old"), ("hard", "older")):
         (tmp_path / f"{old}.pt").rename(tmp_path / f"{new}.pt")
     gaps = (rewards[:, 0] - rewards[:, 1]).tolist()
     order = sorted(range(9), key=lambda index: -abs(gaps[index]))
-    gamma = (abs(gaps[order[1]]) + abs(gaps[order[2]])) / 2
-    assert min(gaps[index] for index in order[:2]) < 0
+    gamma = (abs(gaps[order[3]]) + abs(gaps[order[4]])) / 2
+    assert min(gaps[index] for index in order[:4]) < 0
     capsys.readouterr()
     files = "--data mine.pt --init judge.pt --easy a.pt --hard b.pt"
     easy, hard, _ = divide(f"{files} --gap absolute --threshold {gamma}", names=("a.pt", "b.pt"))
-    assert (easy, hard) == (sorted(order[:2]), sorted(order[2:]))
+    assert (easy, hard) == (sorted(order[:4]), sorted(order[4:]))
     assert not (tmp_path / "easy.pt").exists()
     printed = capsys.readouterr().out
     for name, part in (("easy", easy), ("hard", hard)):
@@ -139,7 +139,7 @@ def test_own_answers_by_hand(run, monkeypatch, tmp_path, capsys, policy, reward_
     in the worst alone (for "labelled"). Twos that differ by gold: one of the first prompt, ordered wrongly; two of the
     fourth, rightly; three of the fifth, one wrongly; three of the last, ties, each ½: 5.5 of 9."""
     prompts = [spell(f"\n\nHuman: How do I {task} my old chair?\n\nAssistant:…") for task in ["paint"] * 5 + ["move"]]
-    pairs = make_pairs([(prompt, spell(" Well."), spell(" Boil.")) for prompt in prompts], LETTERS, "toy")
+    pairs = make_pairs([(prompt, spell(" Well."), spell(" Boil.")) for prompt in prompts], "toy")
     pairs.gold, calls, scored = torch.tensor([[-0.25, 0.0]] * 6), [], []
 
     def generate(policy, prompts, *more):
@@ -150,7 +150,7 @@ def test_own_answers_by_hand(run, monkeypatch, tmp_path, capsys, policy, reward_
         scored.extend(documents)
         return torch.tensor([[9.0, *some] for _, some in ANSWERS])
 
-    write(tmp_path, LETTERS, mine=pairs, start=policy, reward=reward_model)
+    write(tmp_path, mine=pairs, start=policy, reward=reward_model)
     monkeypatch.setattr(split, "generate", generate)
     monkeypatch.setattr(split, "score_pairs", score)
     flags = "--data mine.pt --policy start.pt --answers 3 --temperature 0.5 --seed 7 --fraction 1 --chosen"

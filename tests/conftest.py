@@ -100,6 +100,12 @@ def plain_score(model: RewardModel, *parts: torch.Tensor) -> torch.Tensor:
     return model.head(model.trunk(torch.cat(parts))[-1])[0]
 
 
+def plain_rewards(model, documents):
+    """Scores [documents, 2], each response on its own behind its prompt."""
+    scores = [plain_score(model, prompt, side) for prompt, *sides in documents for side in sides]
+    return torch.stack(scores).view(-1, 2)
+
+
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """A function that runs a stage's main with these flags, its files in tmp_path, and returns its log."""

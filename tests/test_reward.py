@@ -5,17 +5,11 @@ import re
 
 import pytest
 import torch
-from conftest import CPU, TINY, TOLERANCES, make_pairs, plain_score, write
+from conftest import CPU, TINY, TOLERANCES, make_pairs, plain_rewards, write
 
 import reward
 from model import GPT, Config, UserError, load_model, pack
 from reward import RewardModel, bradley_terry_loss, calibration, score_pairs, wilson_interval
-
-
-def plain_rewards(model, documents):
-    """Scores [documents, 2], each response on its own behind its prompt."""
-    scores = [plain_score(model, prompt, side) for prompt, *sides in documents for side in sides]
-    return torch.stack(scores).view(-1, 2)
 
 
 def test_bradley_terry_loss_and_its_slope_by_hand():

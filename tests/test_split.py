@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import LETTERS, make_pairs, plain_logprobs, plain_score, spell, tiny, write
+from conftest import LETTERS, make_pairs, plain_logprobs, plain_rewards, spell, tiny, write
 
 import model
 import split
@@ -68,8 +68,7 @@ def divide(run, tmp_path, reward_model, documents):
             content = torch.load(tmp_path / name, weights_only=True)
             parts.append(content["gold"][:, 0].int().tolist())
             rewards[parts[-1]] = content["rewards"]
-        plain = [[plain_score(reward_model, prompt, side).item() for side in sides] for prompt, *sides in documents]
-        torch.testing.assert_close(rewards, torch.tensor(plain), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(rewards, plain_rewards(reward_model, documents), rtol=1e-4, atol=1e-4)
         return *parts, rewards
 
     return call

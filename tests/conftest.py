@@ -45,16 +45,12 @@ reward_model = pytest.fixture(lambda: RewardModel(tiny(1)))
 @pytest.fixture
 def documents() -> list[tuple[torch.Tensor, ...]]:
     """Nine documents of a prompt and two responses, of many lengths, one token up; the last token ends a response."""
-    generator = torch.Generator().manual_seed(2)
-
-    def tokens(longest: int) -> torch.Tensor:
-        length = int(torch.randint(1, longest, (), generator=generator))
-        return torch.randint(0, TINY.vocabulary, (length,), generator=generator)
-
-    made = [(tokens(30), tokens(40), tokens(40)) for _ in range(9)]
-    for _, chosen, rejected in made:
-        chosen[-1] = rejected[-1] = END
-    return made
+    generator = torch.Generator().manual_seed(4)
+    lengths = torch.randint(1, 40, (27,), generator=generator).tolist()
+    parts = torch.randint(0, TINY.vocabulary, (sum(lengths),), generator=generator).split(lengths)
+    for response in parts[9:]:
+        response[-1] = END
+    return list(zip(parts[:9], parts[9:18], parts[18:], strict=True))
 
 
 def spell(text: str) -> torch.Tensor:

@@ -274,12 +274,6 @@ def test_what_may_pass_is_asked_again_but_not_for_ever_a_refusal_never(endpoint,
     assert [path for path, *_ in endpoint.requests] == ["/v1/chat/completions"] * attempts
 
 
-def test_a_wrong_url_is_said_to_be_one(endpoint):
-    for url in ("localhost/v1", "ftp://x/v1", "http://", "http://x:y/v1"):
-        with pytest.raises(UserError, match=r"--judge .*check URL"):
-            ask(replace(endpoint.settings, judge=url), "x")
-
-
 MINE = ["This is longer than what was chosen.", "Short.", CHOSEN, "And this one is the longest of them all."]
 SFTS = ["Short too.", "This is longer.", CHOSEN, "None."]
 

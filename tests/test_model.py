@@ -586,8 +586,7 @@ def test_files_of_a_folder_give_their_rows_in_order(tmp_path, monkeypatch):
 
 
 def test_a_chat_template_gets_the_same_date_every_day_and_cannot_leave_its_sandbox():
-    text = model.chat_template("{{ strftime_now('%d %B %Y') }} {{ 'é<' | tojson }}").render()
-    assert text == '01 January 2025 "é<"'
+    assert model.chat_template("{{ strftime_now('%d %B %Y') }} {{ 'é<' | tojson }}").render() == '01 January 2025 "é<"'
     for program in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}"):
         with pytest.raises(SecurityError):
             model.chat_template(program).render(messages=[])

@@ -12,8 +12,7 @@ import pytest
 import torch
 from conftest import CPU, write
 
-names = "transformers", "tokenizers", "safetensors.torch"
-transformers, tokenizers, safetensors = map(pytest.importorskip, names)
+transformers, tokenizers, safetensors = map(pytest.importorskip, ("transformers", "tokenizers", "safetensors.torch"))
 
 import huggingface_hub
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers

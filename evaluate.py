@@ -63,7 +63,6 @@ class Settings(CommonSettings):
     prompt: str | None = flag(None, "only answer this; without a text, the last policy talks", nargs="?", const="")
     judge: str | None = flag(None, "OpenAI-compatible chat endpoint (…/v1) that compares; key: $OPENAI_API_KEY")
     judge_model: str | None = flag(None, "name that the endpoint knows the judge by")
-    judge_price: float | None = flag(None, "USD per million input tokens, to say beforehand what it costs", least=0)
     judge_parallel: int = flag(4, "requests to the judge at once", least=1)
     export: list[str] | None = flag(None, "only write CHECKPOINT as FOLDER for transformers", nargs=2, type=str)
 
@@ -260,12 +259,10 @@ def judge(settings: Settings, prompts: list[str], answers: dict, opponents: dict
     known = read_log(path)
     write_file(path, "".join(json.dumps(row) + "\n" for row in known))  # without half a line, after a crash
     verdicts = {row["question"]: row["verdict"] for row in known if row["model"] == model}
-    questions, price = set().union(*asked.values()) - same.keys(), settings.judge_price
+    questions = set().union(*asked.values()) - same.keys()
     missing = sorted(questions - verdicts.keys())
-    tokens = sum(map(len, missing)) / 4
-    cost = "price not known (--judge-price)" if price is None else f"${tokens * price / 1e6:.2f} without the replies"
     print(f"\nthe judge {model} is asked {len(missing)} of {len(questions)} questions, the others are in {path}: about "
-          f"{tokens:,.0f} input tokens (4 characters each), {cost}; after Ctrl-C the same command asks for the rest")
+          f"{sum(map(len, missing)) / 4:,.0f} input tokens (4 characters each); after Ctrl-C the same command goes on")
 
     def work(question: str) -> None:
         try:

@@ -1430,10 +1430,12 @@ def find_pretrained(name: str) -> Path:
     """The folder that `name` names: a folder on this machine, or else a repository of the Hugging Face hub."""
     if Path(name).is_dir():
         return Path(name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"--init {name}: no such checkpoint or folder, and not a repository id like owner/name either")
     import huggingface_hub
 
     files = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "model*.safetensors*"]
-    with reading(f"--init {name}", "no such checkpoint or folder, nor can it be downloaded as the hub's owner/name"):
+    with reading(f"--init {name}", "no such folder, and cannot be downloaded; name a folder that holds it"):
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
 
 

@@ -128,7 +128,8 @@ def length_controlled(won: Tensor, longer: Tensor) -> Tensor:
     each prompt moves it by is added, for the standard error. Empty where all differ alike, so that it is not known."""
     if not longer.any():  # nothing to control for
         return won
-    inputs = torch.stack((torch.ones_like(longer), (longer / longer.std()).tanh()), 1).double()  # [n, 2]
+    deviation = longer.std() if len(longer) > 1 else 1.0  # of one value there is none
+    inputs = torch.stack((torch.ones_like(longer), (longer / deviation).tanh()), 1).double()  # [n, 2]
     if not inputs[:, 1].max() - inputs[:, 1].min() > 0.1:  # all differ alike: nothing shows equal lengths
         return won[:0]
     weights = torch.zeros(2, dtype=torch.float64)  # a, b

@@ -556,7 +556,7 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
         return logits.argmax(-1)
     cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
     drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    return drawn.clamp(max=logits.shape[-1] - 1)
+    return drawn.clamp(max=logits.shape[-1] - 1)  # for logits that are not numbers, else V would be drawn
 
 
 def require_room(config: Config, prompts: Iterable[Tensor], max_new_tokens: int) -> None:
@@ -1017,7 +1017,8 @@ def hub_rows(source: str) -> Iterator[tuple[str, dict]]:
 def file_rows(path: Path, out: str) -> Iterator[tuple[str, dict]]:
     """Rows of a file, or of a folder's and its subfolders', but for hidden ones, and --out where it lies within."""
     found = [file for file in sorted(path.rglob("*")) if file.is_file() and "/." not in f"/{file.relative_to(path)}"]
-    found = [file for file in found if Path(out).resolve() not in {*file.resolve().parents} - {*path.resolve().parents}]
+    aside = Path(out).resolve() if path.resolve() in Path(out).resolve().parents else None
+    found = [file for file in found if aside not in file.resolve().parents]
     files = [file for file in found if file.suffix in ENDINGS and not ABOUT.fullmatch(file.name)]
     files = [path] if path.is_file() else files
     if not files:
@@ -1342,7 +1343,7 @@ def require_new(settings: CommonSettings, *flags: str) -> None:
         name = getattr(settings, flag_name)
         path = (Path(settings.out) / name).resolve()
         if path in taken:
-            raise UserError(f"--{flag_name} {name}: this run reads it, or writes it twice; choose another name")
+            raise UserError(f"--{flag_name} {name}: taken, by what is read or by another flag; choose another name")
         taken.add(path)
 
 

@@ -411,7 +411,7 @@ def test_a_bare_name_is_looked_up_in_out_then_here_and_one_with_a_slash_is_a_pat
     assert f"{out}/mine.pt: holds a policy" in refusal("dpo", out, "--data", "mine.pt")
     for path in ("./mine.pt", f"../{Path.cwd().name}/mine.pt"):
         succeed("dpo", out, "--data", path)
-    assert "--save dpo.pt: this run reads it" in refusal("dpo", out, "--init", out / "dpo.pt")
+    assert "--save dpo.pt: taken" in refusal("dpo", out, "--init", out / "dpo.pt")
 
 
 @pytest.mark.parametrize("flags", [

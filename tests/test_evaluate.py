@@ -93,6 +93,7 @@ def test_summary_and_table_by_hand():
     ({0: "WLLL"}, 0.25, 0.25), ({}, None, None),  # nothing to control for
     ({7: "WLLL"}, 0.25, None), ({500: "WWW", 505: "L"}, 0.75, None), ({-3: "W"}, 1, None),  # none as long, or shorter
 ])
+@pytest.mark.filterwarnings("error")  # of one value torch knows no deviation, and says so
 def test_length_controlled_win_rate_by_hand(groups, plain, controlled):
     """groups: by how much longer → wins, ties and losses. With two lengths the regression fits both groups' shares."""
     longer = torch.tensor([float(by) for by, letters in groups.items() for _ in letters])

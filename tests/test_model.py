@@ -574,7 +574,8 @@ def test_files_of_a_folder_give_their_rows_in_order(tmp_path, monkeypatch):
         (tmp_path / name).write_text("no rows")
     (tmp_path / "zipped" / "rows.zip").write_bytes(b"PK")
     monkeypatch.chdir(tmp_path)
-    assert [*read_rows(Settings(data="deep/er", out="."))] == [*read_rows(Settings(data="deep/er"))]
+    for out in (".", "deep/er"):  # a folder whose data lies within --out is read; so is --out itself
+        assert [*read_rows(Settings(data="deep/er", out=out))] == [*read_rows(Settings(data="deep/er"))]
     (tmp_path / "deep" / "-x").write_bytes(TABLE if pyarrow else GOOD)
     assert texts_of("deep/-x") == [TEXTS]  # not a name on the hub
     for limit in (None, 15, 7):

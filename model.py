@@ -1673,10 +1673,12 @@ class Training:
         require_new(settings, "save")
         flags = [one.name for one in dataclasses.fields(settings) if one.name not in ("out", "resume", "save_every")]
         self.made_from = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in flags} | settings.read
+        stopped = self.state_path.exists()
+        if stopped != settings.resume:
+            what = "a run was stopped, or still runs; use --resume, or delete this"
+            raise UserError(f"{self.state_path}: {what if stopped else 'no such file, so nothing to --resume'}")
         if settings.resume:
             self.load_state()
-        elif self.state_path.exists():
-            raise UserError(f"{self.state_path}: a run was stopped, or still runs; use --resume, or delete this")
         if processes()[0] == 0:
             self.lock_log()
         self.write_log(read_log(self.log_path)[: self.step], "w")

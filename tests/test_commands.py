@@ -235,7 +235,7 @@ def go_on(command: str, out: Path, whole: Path, *flags, near: float = 0.0) -> No
             ours, theirs = ({**line, "accuracy": 0} for line in (ours, theirs))
         assert ours == pytest.approx(theirs, rel=near, abs=near)
     assert not [path for path in contents(out) if path.endswith((".state.pt", ".part"))]
-    assert f"{out}/{name}.state.pt: no such file" in refusal(command, out, *flags, "--resume", "--seed", 3)
+    assert f"{out}/{name}.state.pt: no such file, so" in refusal(command, out, *flags, "--resume", "--seed", 3)
 
 
 @pytest.mark.parametrize("command, stop", list(zip(SAVED, [TERM, CTRL_C] * 2, strict=True)))

@@ -1336,7 +1336,7 @@ def load(settings: CommonSettings, name: str, *kinds: str) -> dict:
 
 
 def require_new(settings: CommonSettings, *flags: str) -> None:
-    """Raises UserError if one of these flags names a file of the data, one that this run has read, or another's."""
+    """Raises UserError if a flag names pairs.pt or test.pt, a file that was read, or what another flag names."""
     taken = {find_file(settings, name).resolve() for name in settings.read}
     taken |= {(Path(settings.out) / name).resolve() for name in ("pairs.pt", "test.pt")}
     for flag_name in flags:
@@ -1661,8 +1661,8 @@ def read_log(path: Path) -> list[dict]:
 
 class Training:
     """A training loop's bookkeeping: `for step, indices in training` gives the steps still to do and the examples of
-    each step's batch. It owns the optimiser of `model` (AdamW), the learning rate, the log (OUT/<save>.jsonl, one
-    object a step), the progress bar with the metrics `shown`, the state for --resume, and what Ctrl-C does."""
+    each step's batch. It owns the optimiser of `model` (AdamW with ε = `eps`), the learning rate, the log (an object a
+    step, OUT/<save>.jsonl), the bar with the metrics `shown`, the state for --resume, and what Ctrl-C does."""
 
     def __init__(self, settings: TrainingSettings, examples: int, model: nn.Module, shown: tuple[str, ...], eps=1e-8):
         self.settings, self.examples, self.model, self.shown = settings, examples, model, shown

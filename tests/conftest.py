@@ -35,7 +35,7 @@ def device(request):
 def tiny(seed: int) -> GPT:
     """A tiny GPT with random weights."""
     torch.manual_seed(seed)
-    return GPT(replace(TINY))
+    return GPT(replace(TINY))  # a copy, which tests may change
 
 
 policy = pytest.fixture(lambda: tiny(0))

@@ -83,9 +83,9 @@ def methods(best: dict) -> dict[str, list[str]]:
     parts, mpo, start_all = [REWARD, SPLIT], ppo(best["MPO"]), f"{START} --data pairs.pt --save start_all.pt"
     few = "split.py --by {0} --fraction 0.968 --easy rest_{0}.pt --hard few_{0}.pt"
     ppo_all = f"{ppo(best['PPO from SFT, all'])} --init sft.pt --data pairs.pt --save ppo_all.pt"
-    shown = [REWARD, ppo_all, own("ppo_all", "own_gold", "--data pairs.pt --chosen gold"),
+    shown = [ppo_all, own("ppo_all", "own_gold", "--data pairs.pt --chosen gold"),
              "reward.py --data pairs.pt+own_gold.pt --save reward_rlp_gold.pt"]
-    more = [REWARD, own("sft", "own_sft_gold", "--data pairs.pt --chosen gold"),
+    more = [own("sft", "own_sft_gold", "--data pairs.pt --chosen gold"),
             "reward.py --data pairs.pt+own_sft_gold.pt --save reward_sft_gold.pt"]
     return {
         "SFT": [],
@@ -120,12 +120,12 @@ def methods(best: dict) -> dict[str, list[str]]:
                                  "--data few_random.pt --save ppo_few_sft.pt"],
         # Does MPO fall behind because its reward model never saw what policies do wrong? In these two rows the reward
         # model also learns from answers of PPO's policy, labelled by gold.
-        "RLP, labels by gold": [*shown, f"{ppo(best.get('RLP, labels by gold'))} --init sft.pt --data pairs.pt "
+        "RLP, labels by gold": [REWARD, *shown, f"{ppo(best.get('RLP, labels by gold'))} --init sft.pt --data pairs.pt "
                                 "--reward reward_rlp_gold.pt --save ppo_rlp_gold.pt"],
         "MPO, labels by gold": [*parts, START, *shown, f"{ppo(best.get('MPO, labels by gold'))} "
                                 "--reward reward_rlp_gold.pt --save ppo_mpo_gold.pt"],
         # Or because that model has few pairs, and wrong labels? Here it learns from as many more, but of SFT's answers.
-        "PPO, SFT answers by gold": [*more, f"{ppo(best.get('PPO, SFT answers by gold'))} --init sft.pt "
+        "PPO, SFT answers by gold": [REWARD, *more, f"{ppo(best.get('PPO, SFT answers by gold'))} --init sft.pt "
                                      "--data pairs.pt --reward reward_sft_gold.pt --save ppo_sft_gold.pt"],
         "MPO, SFT answers by gold": [*parts, START, *more, f"{ppo(best.get('MPO, SFT answers by gold'))} "
                                      "--reward reward_sft_gold.pt --save ppo_mpo_sft_gold.pt"],

@@ -100,6 +100,7 @@ def test_commands_read_what_was_written_before_and_no_two_write_the_same_file(mo
             if command.startswith("ppo.py"):
                 budgets.add((one.steps, one.kl_coefficient, one.batch_size, one.ppo_epochs, one.lr))
     assert len({saved_as(commands) for commands in STUDY.values()}) == len(STUDY)
+    assert all(len(set(commands)) == len(commands) for commands in STUDY.values())  # else it would be counted twice
     dpo = {(64, 0.1), (256, 0.2), (128, 0.4), (64, 0.4)}  # MPO's, on all, the others, each of two rounds
     assert budgets == {(*choice, 64, 5e-5) for choice in dpo} | {(32, 0.7, 128, 2, 3e-4)}
 

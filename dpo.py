@@ -102,15 +102,15 @@ def main() -> None:
     policy, tokenizer = load_model(settings, settings.init, GPT)
     settle(settings, policy.config.pretrained)
 
-    # 2. The reference's log-probs of the training pairs; by default it is the untrained policy. In the batches of the
-    # first epoch, so that a policy that starts as the reference has margins of exactly 0 at step 1, in any precision.
+    # 2. The reference's log-probs of the training pairs; by default it is the untrained policy. Read in the batches of
+    # the first epoch, both round alike: then, on a CPU, the margins of step 1 are exactly 0, in bf16 too.
     reader = load_model(settings, settings.reference, GPT)[0] if settings.reference else policy
+    held_back = list(load_pairs(settings, "test.pt"))[:512] if (Path(settings.out) / "test.pt").exists() else []
     reference = torch.zeros(len(pairs), 2, device=device)
     steps = min(count_steps(settings, len(pairs)), -(-len(pairs) // settings.batch_size))
     for step in tqdm(range(steps), desc="reference", unit="step", leave=False):
         indices = batch_indices(len(pairs), settings.batch_size, step, settings.seed)
         reference[indices] = all_logprobs(settings, reader, [pairs[index] for index in indices], device)
-    held_back = list(load_pairs(settings, "test.pt"))[:512] if (Path(settings.out) / "test.pt").exists() else []
     anchor, start = (all_logprobs(settings, model, held_back, device) for model in (reader, policy))  # [n, 2] each
     del reader
 

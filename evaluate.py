@@ -39,9 +39,9 @@ from model import (
 from reward import RewardModel, calibration, score_pairs, wilson_interval, wins
 
 TITLES = {"sft": "SFT", "dpo": "DPO", "ppo": "MPO"}  # what the default checkpoints are called in tables
-# How tables show {mean, standard error, low, high}; what FORMS does not list is a share.
+# How tables show {mean, standard error, low, high}; what FORMATS does not list is a share.
 ROUGH, SHARE = "{0:.1f} ± {1:.1f}", "{0:.0%} ({2:.0%} to {3:.0%})"
-FORMS = {"gold_reward": "{0:.2f} ({2:.2f} to {3:.2f})", "reward": "{0:.2f} ± {1:.2f}", "kl": ROUGH, "length": ROUGH,
+FORMATS = {"gold_reward": "{0:.2f} ({2:.2f} to {3:.2f})", "reward": "{0:.2f} ± {1:.2f}", "kl": ROUGH, "length": ROUGH,
          "length_controlled": "{0:.0%} ± {1:.0%}", "lead": "{0:+.2f} ({2:+.2f} to {3:+.2f})"}
 RIDGE = 0.001  # keeps the weights of a regression finite where one side always wins
 
@@ -83,7 +83,7 @@ def answer(settings: Settings, pairs: Pairs, policy: GPT, sft: GPT, reward: Rewa
     seed = mixed_seed(settings.seed, 500_000)  # far from the steps' numbers, so that no noise of training returns
     responses = generate(policy, prompts, tokenizer.end, settings.max_new_tokens, settings.temperature, seed)
     texts, gold = [tokenizer.decode(response) for response in responses], []
-    if pairs.source == "toy":
+    if pairs.gold is not None:
         gold = [gold_reward(tokenizer.decode(prompt), text) for prompt, text in zip(prompts, texts, strict=True)]
     measured = torch.zeros(2, len(pairs))
     kl, rewards = measured  # [n] each
@@ -103,14 +103,14 @@ def answer(settings: Settings, pairs: Pairs, policy: GPT, sft: GPT, reward: Rewa
 
 def summarise(columns: dict[str, Tensor]) -> dict[str, float | None]:
     """For each column [n] its mean, standard error s / √n (…_se) and 95% interval (…_low, …_high), Wilson's for a plain
-    share (a name that FORMS lacks) and else Student's; None for what n values cannot say. With t = √(n − 1) · tan θ,
+    share (a name that FORMATS lacks) and else Student's; None for what n values cannot say. With t = √(n − 1) · tan θ,
     the density of θ on (−π/2, π/2) is proportional to cos(θ)^(n − 2), which is summed here over θ > 0."""
     summary = {}
     for name, values in columns.items():
         count, low, high = len(values), None, None
         mean = values.double().mean().item() if count > 0 else None
         error = values.double().std().item() / math.sqrt(count) if count > 1 else None
-        if count > 0 and name.partition("_vs_")[0] not in FORMS:
+        if count > 0 and name.partition("_vs_")[0] not in FORMATS:
             low, high = wilson_interval(mean, count)
         elif count > 1:
             angle = torch.linspace(0, math.pi / 2, 50_001, dtype=torch.float64)
@@ -124,8 +124,8 @@ def summarise(columns: dict[str, Tensor]) -> dict[str, float | None]:
 def length_controlled(won: Tensor, longer: Tensor) -> Tensor:
     """AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475) without its term for how hard a prompt is: the win rate if
     all answers were as long as their opponents', σ(a) of the regression P(win) = σ(a + b tanh(longer / its deviation)).
-    won [n], a tie ½; longer [n], by how much, in any unit. Returns a column [n] with the rate as its mean: n times what
-    each prompt moves it by is added, for the standard error. Empty where all differ alike, so that it is not known."""
+    won [n], a tie ½; longer [n], by how much, in any unit. Returns a column [n] with the rate as its mean: to it is
+    added, for its standard error, n times what each prompt moves it by. Empty where all differ alike: not known."""
     if not longer.any():  # nothing to control for
         return won
     deviation = longer.std() if len(longer) > 1 else 1.0  # of one value there is none
@@ -156,7 +156,7 @@ def table(summaries: dict[str, dict[str, float | None]], keys: list[str]) -> str
         rows.append([TITLES.get(name, name)])
         for key in keys:
             numbers = [summary[f"{key}{end}"] for end in ("", "_se", "_low", "_high")]
-            form = "–" if numbers[0] is None else FORMS.get(key.partition("_vs_")[0], SHARE)
+            form = "–" if numbers[0] is None else FORMATS.get(key.partition("_vs_")[0], SHARE)
             text = form.format(*(math.nan if number is None else number for number in numbers))
             rows[-1].append(re.sub(r"\+?nan", "–", text))
     return aligned(rows)
@@ -215,7 +215,8 @@ def ask(settings: Settings, question: str) -> str | None:
     messages, headers = [{"role": "user", "content": question}], {"Authorization": f"Bearer {key}"} if key else {}
     body = {"model": settings.judge_model, "messages": messages, "temperature": 0, "max_tokens": 1024}
     retry = Retry(JUDGE_RETRIES, backoff_factor=JUDGE_BACKOFF, status_forcelist=[408, 429, *range(500, 600)],
-                  allowed_methods=None, raise_on_status=False, retry_after_max=300)
+                  allowed_methods=None, raise_on_status=False)
+    retry.retry_after_max = 300  # seconds; an urllib3 before 2.6.3 has no such limit
     with requests.Session() as session:
         session.mount(url, HTTPAdapter(max_retries=retry))
         session.auth = lambda request: request  # without this, a .netrc would replace the key
@@ -261,33 +262,33 @@ def judge(settings: Settings, prompts: list[str], answers: dict, opponents: dict
     write_file(path, "".join(json.dumps(row) + "\n" for row in known))  # without half a line, after a crash
     verdicts = {row["question"]: row["verdict"] for row in known if row["model"] == model}
     questions = set().union(*asked.values()) - same.keys()
-    missing = sorted(questions - verdicts.keys())
-    print(f"\nthe judge {model} is asked {len(missing)} of {len(questions)} questions, the others are in {path}: about "
-          f"{sum(map(len, missing)) / 4:,.0f} input tokens (4 characters each); after Ctrl-C the same command goes on")
+    unasked = sorted(questions - verdicts.keys())
+    print(f"\nthe judge {model} is asked {len(unasked)} of {len(questions)} questions, the others are in {path}: about "
+          f"{sum(map(len, unasked)) / 4:,.0f} input tokens (4 characters each); after Ctrl-C the same command goes on")
 
     def work(question: str) -> None:
         try:
             verdicts[question] = verdict = ask(settings, question)
         except Refused:  # no verdict; but where many are refused and none got one, it may be the request that is wrong
             verdicts[question] = verdict = None
-            tried = sum(one in verdicts for one in missing)
-            if tried >= min(50, len(missing)) and not any(map(verdicts.get, questions)):
+            tried = sum(one in verdicts for one in unasked)
+            if tried >= min(50, len(unasked)) and not any(map(verdicts.get, questions)):
                 raise
         if verdict is not None:  # unbuffered: on the disk at once, and no lines mix
             file.write(json.dumps({"model": model, "verdict": verdict, "question": question}).encode() + b"\n")
 
     with path.open("ab", buffering=0) as file:
-        thread_map(work, missing, max_workers=settings.judge_parallel, desc="judging", unit="request")
+        thread_map(work, unasked, max_workers=settings.judge_parallel, desc="judging", unit="request")
     verdicts |= same
-    for (name, opponent), questions in asked.items():
-        points = torch.tensor([POINTS[verdicts[question]] for question in questions]).view(2, -1)
+    for (name, opponent), both_orders in asked.items():
+        points = torch.tensor([POINTS[verdicts[question]] for question in both_orders]).view(2, -1)
         row = summarise(tally(points, answers[name][1]["length"] - opponents[opponent][1]["length"]))
         summaries[name][f"judge_vs_{opponent}"] = {"judge": model, **row}
         rows[f"{TITLES.get(name, name)} against {opponent}"] = row
     return table(rows, ["win_rate", "length_controlled", "ties", "orders_disagree", "first_place_wins", "no_verdict"])
 
 
-def draw(settings: Settings, parts: list[Pairs], test_rewards: Tensor, summaries: dict, judged: str) -> None:
+def draw(settings: Settings, parts: list[Pairs], test_rewards: Tensor, summaries: dict, measure: str) -> None:
     """Draws one picture of the run: reward gaps of easy and hard pairs, calibration on test pairs (rewards [n, 2]),
     reward against KL, and PPO's logs where there are any."""
     from matplotlib.figure import Figure
@@ -310,14 +311,14 @@ def draw(settings: Settings, parts: list[Pairs], test_rewards: Tensor, summaries
     calibrated.plot([0.5, 1], [0.5, 1], color="grey", linestyle="--", label="as predicted")
     calibrated.set(xlabel="predicted: σ(gap) of the side ranked first", ylabel="share where it is the chosen one")
     for name, row in summaries.items():
-        frontier.errorbar(row["kl"], row[judged], row[f"{judged}_se"], row["kl_se"], fmt="o", capsize=2)
-        frontier.annotate(TITLES.get(name, name), (row["kl"], row[judged]), (6, 6), textcoords="offset points")
+        frontier.errorbar(row["kl"], row[measure], row[f"{measure}_se"], row["kl_se"], fmt="o", capsize=2)
+        frontier.annotate(TITLES.get(name, name), (row["kl"], row[measure]), (6, 6), textcoords="offset points")
         log = read_log(find_file(settings, f"{name}.pt").with_suffix(".jsonl"))
         for key in ("score", "gold_reward"):
             if log and key in log[0]:
                 course.plot([step[key] for step in log], label=f"{TITLES.get(name, name)}: {key.replace('_', ' ')}")
     frontier.margins(0.12)  # room for the labels
-    frontier.set(xlabel="KL from SFT, nats an answer", ylabel=judged.replace("_", " "))
+    frontier.set(xlabel="KL from SFT, nats an answer", ylabel=measure.replace("_", " "))
     course.set(xlabel="PPO step", ylabel="reward of the answers", visible=bool(course.lines))
     for panel in (gaps, calibrated, course):
         panel.legend(handles=panel.get_legend_handles_labels()[0], frameon=False)
@@ -388,7 +389,7 @@ def main() -> None:
 
     # 2. Test pairs, each prompt once; SFT and reward model; every file is read before any work.
     device, test = choose_device(settings), load_pairs(settings, settings.data)
-    firsts = {tuple(test[index][0].tolist()): index for index in reversed(range(len(test)))}  # by prompt
+    firsts = {tuple(test[index][0].tolist()): index for index in reversed(range(len(test)))}  # prompt → its first pair
     pairs = test.select(torch.tensor(sorted(firsts.values())[: settings.prompts]))
     sft, _ = load_model(settings, settings.sft, GPT)
     reward, _ = load_model(settings, settings.reward, RewardModel)
@@ -401,18 +402,18 @@ def main() -> None:
     answers = {}
     for name in tqdm(settings.policies, desc="answering", unit="policy"):
         answers[name.removesuffix(".pt")] = answer(settings, pairs, load_model(settings, name, GPT)[0], sft, reward)
-    judged = "reward" if pairs.gold is None else "gold_reward"
+    measure = "reward" if pairs.gold is None else "gold_reward"
     scores = score_pairs(reward, pairs, device) if pairs.gold is None else pairs.gold  # [n, 2]
     chosen = [pairs.tokenizer.decode(chosen).strip() for _, chosen, _ in pairs]
-    opponents = {"chosen": (chosen, {judged: scores[:, 0], "length": pairs.lengths[:, 1]}),
+    opponents = {"chosen": (chosen, {measure: scores[:, 0], "length": pairs.lengths[:, 1]}),
                  "sft": answers.get(settings.sft.removesuffix(".pt")) or answer(settings, pairs, sft, sft, reward)}
 
     # 4. Who wins, also against the last policy, paired by prompt.
     summaries, path = {}, Path(settings.out) / settings.save
     for name, (_, columns) in answers.items():
         for opponent, (_, theirs) in {**opponents, "last": answers[settings.policies[-1].removesuffix(".pt")]}.items():
-            won, longer = wins(columns[judged], theirs[judged]), columns["length"] - theirs["length"]
-            columns |= {f"win_rate_vs_{opponent}": won, f"lead_vs_{opponent}": columns[judged] - theirs[judged],
+            won, longer = wins(columns[measure], theirs[measure]), columns["length"] - theirs["length"]
+            columns |= {f"win_rate_vs_{opponent}": won, f"lead_vs_{opponent}": columns[measure] - theirs[measure],
                         f"length_controlled_vs_{opponent}": length_controlled(won, longer)}
         summaries[name] = summarise(columns)
     write_file(path, json.dumps(summaries, indent=1) + "\n")  # saved before anything is shown
@@ -423,14 +424,14 @@ def main() -> None:
     versus = ["win_rate_vs_chosen", "win_rate_vs_sft", "length_controlled_vs_sft", "win_rate_vs_last", "lead_vs_last"]
     print(f"{len(pairs)} test prompts; mean ± standard error, or (95% interval){best}\n"
           f"{table(summaries, ['gold_reward', 'reward', 'kl', 'length', 'ended'])}\n\n"
-          f"wins by {judged}; last: the last policy; length controlled: at equal lengths\n{table(summaries, versus)}")
+          f"wins by {measure}; last: the last policy; length controlled: at equal lengths\n{table(summaries, versus)}")
     for index in range(min(settings.samples, len(pairs))):
         print(f"\n{prompts[index]}")
         for name, (given, columns) in answers.items():
-            head = f"  {TITLES.get(name, name)} [{columns[judged][index]:+.2f}]".ljust(16) + " "
+            head = f"  {TITLES.get(name, name)} [{columns[measure][index]:+.2f}]".ljust(16) + " "
             print(textwrap.fill(given[index] or "(nothing)", 118, initial_indent=head, subsequent_indent=" " * 17))
     if settings.figure:
-        draw(settings, train, score_pairs(reward, test, device), summaries, judged)
+        draw(settings, train, score_pairs(reward, test, device), summaries, measure)
     if settings.judge is not None:
         verdicts = judge(settings, prompts, answers, opponents, summaries)
         write_file(path, json.dumps(summaries, indent=1) + "\n")

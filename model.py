@@ -60,7 +60,7 @@ class UserError(Exception):
 
 REMEDIES = {  # what to do about an error that is the machine's, by a pattern of what it says
     "MemoryError|[Oo]ut of memory|not enough memory|t allocate memory|ALLOC_FAILED":
-    "out of memory; lower --pass-tokens or --max-new-tokens, or --grad-checkpoint, where --help has them; --dtype bf16",
+    "out of memory; lower --pass-tokens, --max-new-tokens, or add --grad-checkpoint, --dtype bf16, where --help has it",
     r"No working C\+\+ compiler|Failed to find C compiler":
     "torch.compile finds no C++ compiler; install one, such as g++, or on a CPU leave out --compile",
 }
@@ -76,7 +76,7 @@ def flag(default, text: str, *, least=-math.inf, above=-math.inf, most=sys.float
 
 @dataclass
 class CommonSettings:
-    """The flags that every command has. Raises UserError at a number out of its bounds."""
+    """The flags that every command has. Raises UserError at a number out of its bounds, or a name that cannot be."""
 
     out: str = flag("out", "folder for what the stages write; bare file names are looked up here first")
     seed: int = flag(0, "seeds weights, toy rows, which prompts are held back, data order and sampling", least=0)
@@ -86,7 +86,7 @@ class CommonSettings:
 
     def __post_init__(self):
         self.origin = None  # (id of the data that all files of a run go back to, the file that named it first)
-        self.read = {}  # what `load` has read: name → id of what made it
+        self.loaded = {}  # by `load`: name → id of what made it
         for field in dataclasses.fields(self):
             value, about, ending = getattr(self, field.name), field.metadata, Path(str(field.default)).suffix
             if field.name in ("save", "easy", "hard") and ("/" in value or not value.endswith(ending)):
@@ -290,7 +290,7 @@ class GPT(nn.Module):
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.activations == torch.bfloat16):
             x = self.embedding(tokens)  # (L, dim)
             for layer, block in enumerate(self.blocks):
-                extend = cache and functools.partial(cache.extend, cache.keys[layer], cache.values[layer])
+                extend = functools.partial(cache.extend, cache.keys[layer], cache.values[layer]) if cache else None
                 turn = rotary if self.config.rotated is None or self.config.rotated[layer] else unrotated
                 if self.checkpointed and torch.is_grad_enabled():
                     x = checkpoint(block, x, turn, mask, use_reentrant=False, preserve_rng_state=False)
@@ -333,8 +333,8 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, compiled):
         body = compiled_function(logprob_tile) if compiled else logprob_tile
-        inputs, matrix = hidden.detach(), weight.detach().to(hidden.dtype)  # one graph, with gradients or without
-        running = hidden.new_zeros(4, len(hidden), dtype=torch.float32)  # what logprob_tile returns
+        inputs, matrix = hidden.detach(), weight.detach().to(hidden.dtype)  # or torch.compile makes a second graph
+        running = hidden.new_zeros(4, len(hidden), dtype=torch.float32)  # target, top, total, weighted
         running[1] = torch.finfo(torch.float32).min
         for rows, words in tiles(hidden, matrix):
             running[:, rows] = body(inputs[rows], matrix[words], targets[rows] - words.start, *running[:, rows])
@@ -371,17 +371,17 @@ def logprob_tile(
 ) -> Tensor:
     """Adds a tile of the logits l = hidden · matrixᵀ, [n, dim] and [v, dim], to what is known of n tokens, [n] each:
     the `target`'s logit (0 until it is seen), the `top` logit m, `total` = Σ exp(l − m), and `weighted` = Σ (l − m)
-    exp(l − m). Returns the four anew, [4, n]. Where m rises, by −drop, total shrinks by exp(drop), and weighted has
-    drop added to each of its factors l − m first. places: [n], the targets, counted from the tile's first word."""
+    exp(l − m). Returns the four anew, [4, n]: with drop = old m − new m, each exp(l − m) that is known shrinks by
+    exp(drop), and each l − m becomes l − m + drop. places: [n], the targets, counted from the tile's first word."""
     logits = linear(hidden, matrix).float()  # (n, v)
     inside = (places >= 0) & (places < len(matrix))
     target = target + logits.gather(-1, places.clamp(0, len(matrix) - 1)[:, None])[:, 0] * inside
-    highest = torch.maximum(top, logits.amax(-1))
-    drop = top - highest
-    shifted = logits.sub_(highest[:, None])  # in place, here and below: fewer tiles share the cache
-    weights = shifted.exp()
-    weighted = drop.exp() * (weighted + drop * total) + shifted.mul_(weights).sum(-1)
-    return torch.stack((target, highest, drop.exp() * total + weights.sum(-1), weighted))
+    new_top = torch.maximum(top, logits.amax(-1))
+    drop = top - new_top
+    shifted = logits.sub_(new_top[:, None])  # in place, here and below: fewer tiles share the cache
+    exponentials = shifted.exp()
+    weighted = drop.exp() * (weighted + drop * total) + shifted.mul_(exponentials).sum(-1)
+    return torch.stack((target, new_top, drop.exp() * total + exponentials.sum(-1), weighted))
 
 
 def gradient_tile(hidden: Tensor, matrix: Tensor, top: Tensor, scale: Tensor) -> Tensor:
@@ -440,12 +440,12 @@ def visibility(document: Tensor, branch: Tensor):
     at = torch.arange(len(document), device=document.device)
     new_document = F.pad(document.diff() != 0, (1, 0), value=True)
     new_branch = new_document | F.pad(branch.diff() != 0, (1, 0), value=True)
-    begin = torch.where(new_document, at, 0).cummax(0).values  # where each token's document begins, [L]
-    prompt_end = torch.where(branch == 0, at + 1, 0).cummax(0).values  # where its prompt ends; within it: after itself
-    own = torch.where(new_branch, at, 0).cummax(0).values  # where its branch begins
+    start = torch.where(new_document, at, 0).cummax(0).values  # [L]: where each token's document begins
+    prompt_end = torch.where(branch == 0, at + 1, 0).cummax(0).values  # behind its prompt; in a prompt: behind itself
+    branch_start = torch.where(new_branch, at, 0).cummax(0).values  # where its branch begins; in a prompt: the document
 
     def rule(batch, head, query, key):
-        return (key <= query) & (key >= begin[query]) & ((key < prompt_end[query]) | (key >= own[query]))
+        return (key <= query) & (key >= start[query]) & ((key < prompt_end[query]) | (key >= branch_start[query]))
 
     return rule
 
@@ -468,9 +468,9 @@ def pack(documents: list[tuple[Tensor, ...]], device: torch.device, pass_tokens:
     rank, count = processes()
     sizes = [sum(len(part) for part in document) for document in documents]
     by_length = sorted(range(len(documents)), key=lambda index: -sizes[index])
-    most = pass_tokens or (32768 if device.type == "cuda" else 4096)
-    passes = count * max(1, math.ceil(min(sum(sizes) / most, len(documents)) / count))
-    for number in range(rank, passes, count):
+    room = pass_tokens or (32768 if device.type == "cuda" else 4096)
+    passes = count * max(1, math.ceil(min(sum(sizes) / room, len(documents)) / count))  # of all processes
+    for number in range(rank, passes, count):  # of this one
         yield lay_out(documents, by_length[number::passes], device)
 
 
@@ -489,7 +489,7 @@ def lay_out(documents: list[tuple[Tensor, ...]], members: list[int], device: tor
 
     tokens, lengths = torch.cat(parts), torch.tensor([len(part) for part in parts])
     ends, (document, branch, prompt, is_last) = lengths.cumsum(0), torch.tensor(about).T  # (parts) each
-    part_of = torch.arange(len(parts)).repeat_interleave(lengths)  # (L), as the next six: a token's part
+    part_of = torch.arange(len(parts)).repeat_interleave(lengths)  # (L), as the next six: each token's part
     at, response = torch.arange(len(tokens)), branch[part_of] > 0
     offset = at - (ends - lengths)[part_of]
     positions = offset + lengths[prompt][part_of] * response
@@ -644,8 +644,8 @@ def decode(model: GPT, prompts: list[Tensor], noise: Tensor, end: int, temperatu
 # ---- Tokenizer: byte-level byte-pair encoding ----
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
-SHIELD = "\ufdd0"  # stands in a control token's name where it is meant as text; Unicode has no such character
-CUT = "\udcff"  # stands between words: half a surrogate pair, surrogateescape's name of byte 255, which no UTF-8 holds
+SHIELD = "\ufdd0"  # put into a control token's name where it is meant as text; Unicode keeps it for such use
+CUT = "\udcff"  # put between words: surrogateescape writes it as byte 255, which no UTF-8 text holds
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # as in GPT-2
 # tokenizer.json spells a byte as a character that prints: the one of that number, or else the next one from 256 up.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -659,7 +659,7 @@ class Tokenizer:
 
     text: the tokenizer.json; end: name of the token that closes a response; template: the chat template, if any; bos:
     what it calls bos_token; state: these four, as files hold them. special: control tokens, name → id; begin: ids that
-    open every prompt; size: largest id + 1. Raises ValueError at what the tokenizers library gives other ids.
+    open every prompt; size: largest id + 1. Raises ValueError where the tokenizers library's ids would differ.
     """
 
     def __init__(self, text: str, end: str, template: str | None = None, bos: str | None = None):
@@ -943,13 +943,12 @@ class Pairs:
 
     tokens: [total] int32, prompt + chosen + rejected of every pair end to end; lengths: [n, 3] of the three parts;
     rewards: [n, 2] of chosen and rejected by the reward model, once split.py has scored them; gold: [n, 2] likewise
-    by the toy world's gold reward; source: what --data named, "toy" for the toy world; form: that of most prompts.
+    by the toy world's gold reward, None for other data; form: that of most prompts.
     """
 
     tokens: Tensor
     lengths: Tensor
     tokenizer: Tokenizer
-    source: str
     rewards: Tensor | None = None
     gold: Tensor | None = None
     form: str = "dialogue"
@@ -1004,11 +1003,11 @@ def read_rows(settings: "Settings") -> Iterator[tuple[str, dict]]:
 
 def hub_rows(source: str) -> Iterator[tuple[str, dict]]:
     """Rows of the hub's NAME[:PART][@SPLIT], shuffled, since hh holds its parts one behind the other."""
-    import datasets
-
     name, part, split = re.fullmatch("([^:@]+):?([^@]*)@?(.*)", source).groups()
     repository, part_is, options = HUB.get(name, (name, "name", {}))
     with reading(f"--data {source}", "no file, nor can the hub's be loaded; check network, name, part, @split"):
+        import datasets
+
         rows = datasets.load_dataset(repository, split=split or "train", **options | {part_is: part or None})
     for number in random.Random(0).sample(range(len(rows)), len(rows)):
         yield f"{repository} row {number + 1}", rows[number]
@@ -1087,12 +1086,12 @@ def read_row(row: dict) -> tuple[str | list[dict], str, str]:
 
 
 def require_parts(prompt, chosen, rejected) -> None:
-    """Raises DroppedRow at an empty part or twice the same response: of the texts, and of what a tokenizer keeps."""
+    """Raises DroppedRow at an empty part, equal responses or a human's turn in one: of texts, then of token ids."""
     if not prompt or not chosen or not rejected:
         raise DroppedRow("empty response" if prompt else NO_PROMPT)
     if chosen == rejected:
         raise DroppedRow("identical responses")
-    if HUMAN in f"\n\n{chosen}" or HUMAN in f"\n\n{rejected}":  # the blank line may be stripped; never in ids
+    if HUMAN in f"\n\n{chosen}" or HUMAN in f"\n\n{rejected}":  # texts come stripped; ids have none
         raise DroppedRow("a human's turn inside the response")
 
 
@@ -1119,7 +1118,7 @@ def list_messages(given, role: str) -> list[dict[str, str]]:
         name = "value" if message.get("content") is None and "value" in message else "content"
         content = message[name] or ""
         content = content if isinstance(content, str) else "".join(part["text"] for part in content)
-        messages.append({"role": ROLES.get(said, said), "content": content})
+        messages.append({"role": ROLES.get(said, said), "content": LINES.sub(r"\n\n\1:", content)})
     return messages
 
 
@@ -1239,7 +1238,7 @@ def read_pairs(settings: "Settings", tokenizer: Tokenizer | None = None) -> tupl
         raise UserError(f"--data {settings.data}: all rows, of {', '.join(row)}, were dropped as counted; {LAYOUTS}")
     lengths = torch.tensor([len(part) for part in parts]).view(-1, 3)
     gold = torch.tensor(golds) if settings.data == "toy" else None
-    pairs = Pairs(torch.cat(parts), lengths, tokenizer, settings.data, gold=gold, form=max(forms, key=forms.get))
+    pairs = Pairs(torch.cat(parts), lengths, tokenizer, gold=gold, form=max(forms, key=forms.get))
     train, test = (pairs.select((torch.tensor(held_back) == side).nonzero().flatten()) for side in (False, True))
     print(f"{len(train)} training pairs, {len(test)} test pairs, {tokenizer.size} tokens, prompts of form {pairs.form}")
     for side, use in ((train, "train on; lower"), (test, "test on; raise")):
@@ -1301,7 +1300,7 @@ class DroppedRow(UserError):
 
 @contextlib.contextmanager
 def reading(what: Path | str, complaint: str = "damaged, or not what is needed here"):
-    """Turns whatever a damaged or foreign file, or a library, raises meanwhile into a UserError of one line."""
+    """Turns whatever a damaged or foreign file, or a library, raises inside the block into a UserError of one line."""
     try:
         yield
     except UserError:
@@ -1313,7 +1312,7 @@ def reading(what: Path | str, complaint: str = "damaged, or not what is needed h
 
 def save(settings: CommonSettings, name: str, kind: str, **content) -> None:
     """Writes `content` to a file in the --out folder, with its kind, what made it, and the id of the data behind it."""
-    made = {"command": shlex.join(sys.argv), "torch": str(torch.__version__), "read": dict(settings.read)}
+    made = {"command": shlex.join(sys.argv), "torch": str(torch.__version__), "read": dict(settings.loaded)}
     content |= {"kind": kind, "format": FORMAT, "made": made | {"data": settings.origin and settings.origin[0]}}
     write_file(Path(settings.out) / name, lambda file: torch.save(content, file))
 
@@ -1328,7 +1327,7 @@ def load(settings: CommonSettings, name: str, *kinds: str) -> dict:
         if content["kind"] not in kinds or content["format"] != FORMAT:
             held, needed = f"{content['kind']} (format {content['format']})", f"{' or '.join(kinds)} (format {FORMAT})"
             raise UserError(f"{path}: holds a {held}, but a {needed} is needed here")
-    settings.read[name] = hashlib.sha256(json.dumps(content["made"]).encode()).hexdigest()[:16]
+    settings.loaded[name] = hashlib.sha256(json.dumps(content["made"]).encode()).hexdigest()[:16]
     settings.origin = settings.origin or (data, name)
     if data != settings.origin[0]:
         raise UserError(f"{path}: goes back to other data than {settings.origin[1]}: another run of model.py")
@@ -1337,13 +1336,13 @@ def load(settings: CommonSettings, name: str, *kinds: str) -> dict:
 
 def require_new(settings: CommonSettings, *flags: str) -> None:
     """Raises UserError if a flag names pairs.pt or test.pt, a file that was read, or what another flag names."""
-    taken = {find_file(settings, name).resolve() for name in settings.read}
+    taken = {find_file(settings, name).resolve() for name in settings.loaded}
     taken |= {(Path(settings.out) / name).resolve() for name in ("pairs.pt", "test.pt")}
     for flag_name in flags:
         name = getattr(settings, flag_name)
         path = (Path(settings.out) / name).resolve()
         if path in taken:
-            raise UserError(f"--{flag_name} {name}: taken, by what is read or by another flag; choose another name")
+            raise UserError(f"--{flag_name} {name}: taken, by data, what is read or another flag; choose another name")
         taken.add(path)
 
 
@@ -1433,15 +1432,15 @@ def find_pretrained(name: str) -> Path:
         return Path(name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(f"--init {name}: no such checkpoint or folder, and not a repository id like owner/name either")
-    import huggingface_hub
-
     files = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "model*.safetensors*"]
     with reading(f"--init {name}", "no such folder, and cannot be downloaded; name a folder that holds it"):
+        import huggingface_hub
+
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
 
 
 def require_file(path: Path) -> Path:
-    """A file of a Hugging Face folder. Raises UserError if it is missing, or Git LFS keeps it elsewhere."""
+    """That path, of a file to read. Raises UserError if it is missing, or Git LFS keeps it elsewhere."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; a Hugging Face folder has one")
     with path.open("rb") as file:
@@ -1577,7 +1576,7 @@ def shard(model: nn.Module, blocks: nn.ModuleList, device: torch.device) -> nn.M
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    for method in ("logprobs", "read"):  # what is called beside forward
+    for method in ("logprobs", "value_at"):  # what is called beside forward
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
     return model
@@ -1610,7 +1609,7 @@ def run_command(main: Callable) -> None:
         advice = next((remedy for pattern, remedy in REMEDIES.items() if re.search(pattern, said)), None)
         if not advice and not isinstance(error, (UserError, OSError)):  # OSError: a disk that fills up on the way, say
             raise
-        if advice or first:  # memory may run out in one process alone
+        if advice or os.environ.get("LOCAL_RANK", "0") == "0":  # one a node; memory may run out in one process alone
             print(f"{Path(sys.argv[0]).name}: {' '.join((advice or str(error)).splitlines())}", file=sys.stderr)
         sys.exit(2)
 
@@ -1633,7 +1632,7 @@ class TrainingSettings(CommonSettings):
 
 
 def mixed_seed(seed: int, number: int) -> int:
-    """A seed for epoch or step `number`, which needs no state of earlier ones: --resume draws what the run would."""
+    """A seed for epoch or step `number` alone: whatever came before, --resume draws what the stopped run would."""
     return (seed * 1_000_003 + number) % 2**63
 
 
@@ -1672,11 +1671,11 @@ class Training:
         self.log_path, self.state_path = path.with_suffix(".jsonl"), path.with_suffix(".state.pt")
         require_new(settings, "save")
         flags = [one.name for one in dataclasses.fields(settings) if one.name not in ("out", "resume", "save_every")]
-        self.made_from = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in flags} | settings.read
-        stopped = self.state_path.exists()
-        if stopped != settings.resume:
-            what = "a run was stopped, or still runs; use --resume, or delete this"
-            raise UserError(f"{self.state_path}: {what if stopped else 'no such file, so nothing to --resume'}")
+        self.made_from = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in flags} | settings.loaded
+        if self.state_path.exists() and not settings.resume:
+            raise UserError(f"{self.state_path}: a run was stopped, or still runs; use --resume, or delete this")
+        if settings.resume and not self.state_path.exists():
+            raise UserError(f"{self.state_path}: no such file, so nothing to --resume")
         if settings.resume:
             self.load_state()
         if processes()[0] == 0:
@@ -1828,8 +1827,8 @@ class Settings(TrainingSettings):
             raise UserError(f"{shape}: --dim must be a multiple of 2 × --heads, --heads of --kv-heads")
         ready = self.data.endswith(".pt")
         if (self.extrapolate or ready) and (self.save == "sft.pt" or not str(self.init).endswith(".pt")):
-            raise UserError("--extrapolate, or a pairs file as --data, needs a checkpoint as --init and another --save")
-        for case, why, names in (  # where it is the case, these flags would have no effect
+            raise UserError("--extrapolate, or a pairs file as --data, needs a checkpoint as --init and a new --save")
+        for idle, why, names in (  # where it is so, these flags have no effect; giving one is a mistake
             (self.data != "toy", "only the toy world draws its labels", "label_temperature"),
             (not self.extrapolate, "it is --extrapolate's, which is not given", "alpha"),
             (ready, f"the form of --data {self.data} is given", "limit test_share control_tokens context max_response"),
@@ -1837,7 +1836,7 @@ class Settings(TrainingSettings):
             (self.extrapolate, "nothing is trained with --extrapolate", "data steps epochs batch_size lr resume"),
         ):
             for name in names.split():
-                if case and getattr(self, name) != getattr(Settings, name):
+                if idle and getattr(self, name) != getattr(Settings, name):
                     raise UserError(f"--{name.replace('_', '-')}: {why}")
 
 

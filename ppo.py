@@ -135,8 +135,8 @@ def roll_out(
     reference: GPT, reward: RewardModel, critic: RewardModel,
 ) -> Rollout:
     """Answers the prompts and scores the answers. Log-probs come from the packed forward of the updates, in the first
-    pass's `minibatches` (indices of prompts), so that the first ratio is 1 to the last digit, whatever the precision;
-    not from generation, whose arithmetic differs."""
+    pass's `minibatches` (indices of prompts), so that the first ratio is 1: on a CPU to the last digit, in bf16
+    too. Not from generation, whose arithmetic differs."""
     device = policy.embedding.weight.device
     responses = generate(policy, prompts, end, settings.max_new_tokens, settings.temperature, seed)
     documents = list(zip(prompts, responses, strict=True))
@@ -150,7 +150,7 @@ def roll_out(
             at = members[batch.sequence], batch.offset
             logprobs[at] = policy.logprobs(batch, settings.temperature)[0]
             reference_logprobs[at] = reference.logprobs(batch, settings.temperature)[0]
-            values[at] = critic.read(batch, batch.source)  # V before the token: at `source`, which has not seen it
+            values[at] = critic.value_at(batch, batch.source)  # V before the token: at `source`, which has not seen it
             scores[members] = reward.score(batch)
     known = (summed(part) for part in (logprobs, reference_logprobs, values, scores))
     return Rollout(documents, *known, lengths, ended)
@@ -182,7 +182,7 @@ def update(
     for batch in pack([rollout.documents[row] for row in rows.tolist()], device, settings.pass_tokens):
         at = rows.to(device)[batch.members][batch.sequence], batch.offset
         logprobs, entropies = policy.logprobs(batch, settings.temperature)
-        values = critic.read(batch, batch.source)
+        values = critic.value_at(batch, batch.source)
         old_logprobs = rollout.logprobs[at]
         policy_losses = ppo_loss(logprobs, old_logprobs, advantages[at], settings.clip_ratio)
         value_losses = value_loss(values, rollout.values[at], returns[at], settings.clip_value)
@@ -199,14 +199,14 @@ def update(
     return {name: summed(total) for name, total in totals.items()}
 
 
-def rollout_metrics(rollout: Rollout, returns: Tensor, tokenizer: Tokenizer, source: str) -> dict[str, Tensor | float]:
+def rollout_metrics(rollout: Rollout, returns: Tensor, tokenizer: Tokenizer, toy: bool) -> dict[str, Tensor | float]:
     """What a step's answers were like, for the log; in the toy world also their gold reward."""
     log_ratio = rollout.logprobs - rollout.reference_logprobs
     returns, values = returns[rollout.real], rollout.values[rollout.real]
     unexplained = (returns - values).var(unbiased=False) / (returns.var(unbiased=False) + 1e-8)
     metrics = {"score": rollout.scores.mean(), "kl": log_ratio.sum(1).mean(), "length": rollout.lengths.float().mean(),
                "ended": rollout.ended.float().mean(), "explained_variance": 1 - unexplained}
-    if source == "toy":
+    if toy:
         texts = [[tokenizer.decode(part) for part in document] for document in rollout.documents]
         metrics["gold_reward"] = sum(gold_reward(*text) for text in texts) / len(texts)
     return metrics
@@ -231,7 +231,7 @@ def main() -> None:
         # 3. Sample and score one batch of answers. Several passes will go over it, each shuffled and cut anew.
         prompts, seed = [pairs[index][0] for index in indices], mixed_seed(settings.seed, step)
         shuffle = torch.Generator().manual_seed(seed)
-        cuts = math.ceil(len(prompts) / settings.minibatch_size)  # of like size: a small rest would weigh as much
+        cuts = math.ceil(len(prompts) / settings.minibatch_size)  # of like size: each takes a whole step
         passes = [
             torch.randperm(len(prompts), generator=shuffle).tensor_split(cuts) for _ in range(settings.ppo_epochs)
         ]
@@ -246,7 +246,7 @@ def main() -> None:
 
         metrics = {name: torch.stack([one[name] for one in history]).mean() for name in history[0]}
         metrics |= {"updates": len(history), "grad_norm": torch.stack(grad_norms).mean()}
-        metrics |= rollout_metrics(rollout, returns, tokenizer, pairs.source)
+        metrics |= rollout_metrics(rollout, returns, tokenizer, pairs.gold is not None)
         training.log("episodes", int(rollout.lengths.sum()), **metrics)
 
     # 5. Save.

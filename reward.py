@@ -50,14 +50,14 @@ class RewardModel(nn.Module):
         nn.init.normal_(self.head.weight, std=1 / (trunk.config.dim + 1) ** 0.5)
         nn.init.zeros_(self.head.bias)
 
-    def read(self, batch: Packed, places: Tensor) -> Tensor:
+    def value_at(self, batch: Packed, places: Tensor) -> Tensor:
         """The head's value, in fp32, at `places` of a packed batch: [len(places)]."""
         hidden = self.trunk(batch.tokens, batch.positions, batch.mask)[places]  # (len(places), dim)
         return hidden.float() @ self.head.weight[0] + self.head.bias
 
     def score(self, batch: Packed) -> Tensor:
         """The reward of each sequence, read at its last token: [sequences]."""
-        return self.read(batch, batch.last)
+        return self.value_at(batch, batch.last)
 
 
 def bradley_terry_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def score_pairs(model: RewardModel, pairs: Pairs | list[tuple], device: torch.de
         rewards[batch.members.cpu()] = model.score(batch).view(-1, rewards.shape[1]).cpu()
     bad = (~summed(rewards).isfinite().all(1)).nonzero()[:, 0].tolist()
     if bad:
-        raise UserError(f"the rewards of pairs {' '.join(str(index) for index in bad)} are not finite")
+        raise UserError(f"the rewards of {len(bad)} pairs are not finite, the first of them {bad[:10]}")
     return rewards
 
 
@@ -106,7 +106,7 @@ def report(rewards: Tensor, gold: Tensor | None) -> None:
     low, high = wilson_interval(ranking_accuracy(rewards), len(rewards))
     print(f"test accuracy {ranking_accuracy(rewards):.1%} (95% interval {low:.1%} to {high:.1%}, {len(rewards)} pairs)")
     if gold is not None:
-        print(f"the toy world's gold reward itself scores {ranking_accuracy(gold):.1%} on these noisy labels")
+        print(f"the toy world's gold reward itself scores {ranking_accuracy(gold):.1%} on these labels (a tie is ½)")
     print("calibration: the side that the model ranks first is the chosen one …")
     for predicted, observed, count in calibration(rewards):
         low, high = wilson_interval(observed, count)

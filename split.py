@@ -94,12 +94,12 @@ def own_answers(settings: Settings, pairs: Pairs, model: RewardModel, device: to
     (Lang et al. 2024, arXiv 2403.19279, equation 1, λ = 0) adds the pairs to the reward model's."""
     documents = answer_prompts(settings, pairs)
     decode, end = pairs.tokenizer.decode, pairs.tokenizer.end
-    parts, known = [], []  # of each pair its prompt, chosen and rejected; the rewards of both sides, and the gold ones
-    ordered, generated, finished = [], 0, 0  # rewards of two answers, gold's first; tokens; answers that ended
+    parts, known = [], []  # of each pair: prompt, chosen and rejected; [rewards of both sides, gold rewards of both]
+    ordered, generated, finished = [], 0, 0  # rewards of two ended answers, gold's better one first; tokens; the ended
     for (prompt, *branches), rewards in zip(documents, score_pairs(model, documents, device).tolist(), strict=True):
         asked, *texts = (decode(part) for part in (prompt, *branches))
         golds = [0.0 if pairs.gold is None else gold_reward(asked, text) for text in texts]
-        # Branch 0 is the data's response. Where no two that ended differ in value, best and worst are the same branch.
+        # Branch 0 is the data's response. If all that ended have one value, best and worst are the same: no pair.
         ended = [branch for branch in range(1, len(branches)) if branches[branch][-1] == end]
         values = golds if settings.chosen == "gold" else rewards
         best = 0 if settings.chosen == "labelled" else max(ended, key=values.__getitem__, default=0)
@@ -123,7 +123,7 @@ def own_answers(settings: Settings, pairs: Pairs, model: RewardModel, device: to
     lengths = torch.tensor([len(part) for part in parts]).view(-1, 3)
     rewards, gold = torch.tensor(known).unbind(1)  # (pairs, 2) each
     gold = None if pairs.gold is None else gold
-    return Pairs(torch.cat(parts).int(), lengths, pairs.tokenizer, pairs.source, rewards, gold, pairs.form)
+    return Pairs(torch.cat(parts).int(), lengths, pairs.tokenizer, rewards, gold, pairs.form)
 
 
 def histogram(gaps: Tensor, wrong: Tensor | None, threshold: float) -> str:

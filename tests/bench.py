@@ -112,8 +112,8 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> None:
     torch.manual_seed(0)
     policy = GPT(Config(vocabulary, *shape, context=1024))
     settings = model.Settings(out=str(folder))
-    Pairs(tokens, lengths, tokenizer, "bench").save(settings, "pairs.pt")
-    Pairs(tokens[: int(lengths[:2].sum())], lengths[:2], tokenizer, "bench").save(settings, "test.pt")
+    Pairs(tokens, lengths, tokenizer).save(settings, "pairs.pt")
+    Pairs(tokens[: int(lengths[:2].sum())], lengths[:2], tokenizer).save(settings, "test.pt")
     save_model(settings, policy, tokenizer)
     torch.manual_seed(model.mixed_seed(0, 0))  # as reward.py seeds its head
     settings.save = "reward.pt"

@@ -58,11 +58,11 @@ def spell(text: str) -> torch.Tensor:
     return torch.tensor(LETTERS.encode(text.rstrip("…")) + [LETTERS.end] * (not text.endswith("…")))
 
 
-def make_pairs(documents, source: str = "made up", gold=None) -> Pairs:
+def make_pairs(documents, gold=None) -> Pairs:
     """Pairs of these documents, each (prompt, chosen, rejected)."""
     tokens = torch.cat([part for document in documents for part in document]).int()
     lengths = torch.tensor([[len(part) for part in document] for document in documents])
-    return Pairs(tokens, lengths, LETTERS, source, gold=gold)
+    return Pairs(tokens, lengths, LETTERS, gold=gold)
 
 
 def write(folder: Path, tokenizer: Tokenizer = LETTERS, **content) -> None:

@@ -36,7 +36,7 @@ for one in (SFT, OTHER, SCORER):
 def four_pairs(source="toy", repeat=1):
     documents = [(prompt, spell(f" {CHOSEN}"), spell(" No.")) for prompt in PROMPTS for _ in range(repeat)]
     gold = torch.tensor([[0.5, -0.25]] * 4 * repeat) if source == "toy" else None
-    return make_pairs(documents, source, gold)
+    return make_pairs(documents, gold)
 
 
 @pytest.fixture

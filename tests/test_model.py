@@ -709,7 +709,8 @@ DROPPED = {
     "empty response": [PLAIN | {"rejected": None}, {"prompt": "q", "chosen": SAYS_A, "rejected": says("", None)[1:]}],
     "a human's turn inside the response": [
         TALK | {side: text + "\r\n\r\nHuman: d" for side, text in TALK.items()}, PLAIN | {"chosen": "c\n\nHuman: d"},
-        {"chosen": says("q", "a", "r"), "rejected": says("q", "b", "r")}],
+        {"chosen": says("q", "a", "r"), "rejected": says("q", "b", "r")},
+        {"chosen": says("q", "a\r\n\r\nHuman: d"), "rejected": says("q", "b")}],
     "a role that a dialogue lacks": [{"prompt": {"role": "tool", "content": "q"}, "chosen": "a", "rejected": "b"}],
     "prompts differ between the sides": [{"chosen": says("q", "a"), "rejected": says("r", "b")}],
     model.NO_PROMPT: [{"chosen": SAYS_A, "rejected": SAYS_B}, {"chosen": "a", "rejected": "b"}],
@@ -733,7 +734,7 @@ def test_training_and_test_pairs_share_no_prompt_and_know_their_gold_reward(tmp_
         prompts = [{part.tokenizer.decode(part[index][0]) for index in range(len(part))} for part in (train, test)]
         assert not prompts[0] & prompts[1]
         assert len(prompts[1]) / len(prompts[0] | prompts[1]) == pytest.approx(share or 0.2, abs=0.05)
-    assert (train.tokenizer.state, train.source, train.tokenizer.size) == (test.tokenizer.state, "toy", 640)
+    assert (train.tokenizer.state, train.tokenizer.size) == (test.tokenizer.state, 640)
     for index in range(len(test)):
         prompt, *responses = (test.tokenizer.decode(ids) for ids in test[index])
         assert test.gold[index].tolist() == [gold_reward(prompt, response) for response in responses]
@@ -752,14 +753,14 @@ def test_training_and_test_pairs_share_no_prompt_and_know_their_gold_reward(tmp_
 @pytest.mark.parametrize("rewards", [None, torch.tensor([[1.0, 0.0], [2.0, 3.0], [5.0, 4.0]])])
 def test_pairs_survive_save_load_and_select(rewards, tmp_path):
     settings, lengths = Settings(out=str(tmp_path)), torch.tensor([[2, 1, 3], [1, 2, 1], [3, 1, 1]])
-    Pairs(torch.arange(15, dtype=torch.int32), lengths, LETTERS, "toy", rewards, rewards).save(settings, "pairs.pt")
+    Pairs(torch.arange(15, dtype=torch.int32), lengths, LETTERS, rewards, rewards).save(settings, "pairs.pt")
     parts = [[[0, 1], [2], [3, 4, 5]], [[6], [7, 8], [9]], [[10, 11, 12], [13], [14]]]
     for indices in ([0, 1, 2], [2, 0]):
         found = load_pairs(settings, "pairs.pt").select(torch.tensor(indices))
         assert [[part.tolist() for part in found[n]] for n in range(len(found))] == [parts[index] for index in indices]
         for scores in (found.rewards, found.gold):
             assert scores is rewards is None or torch.equal(scores, rewards[indices])
-        assert (found.tokens.dtype, found.tokenizer.state, found.source) == (torch.int32, LETTERS.state, "toy")
+        assert (found.tokens.dtype, found.tokenizer.state) == (torch.int32, LETTERS.state)
     found.select(torch.tensor([], dtype=torch.long)).save(settings, "hard.pt")
     with pytest.raises(UserError, match=r"hard\.pt: holds no pairs"):
         load_pairs(settings, "hard.pt")

@@ -187,10 +187,10 @@ def test_9_statistics_of_a_rollout_are_over_real_tokens(rollout):
     explained = 1 - ((returns - rollout.values)[real].var() / returns[real].var()).item()
     expected = {"score": rollout.scores.mean().item(), "kl": kl, "length": 51 / 8, "ended": 6 / 8,
                 "explained_variance": explained}
-    assert rollout_metrics(rollout, returns, LETTERS, "made up") == pytest.approx(expected, rel=1e-4)
+    assert rollout_metrics(rollout, returns, LETTERS, False) == pytest.approx(expected, rel=1e-4)
     prompt, texts = "paint my chair.", (" Sand the chair first. Happy to help!", " Stop wasting my time.")
     rollout.documents = [(spell(prompt), spell(text)) for text in texts]
-    assert rollout_metrics(rollout, returns, LETTERS, "toy")["gold_reward"] == 0.25
+    assert rollout_metrics(rollout, returns, LETTERS, True)["gold_reward"] == 0.25
 
 
 def recorded(monkeypatch, name):

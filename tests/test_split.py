@@ -59,7 +59,7 @@ def divide(run, tmp_path, reward_model, documents):
     """A function that runs the command on nine pairs; returns the numbers of easy and hard ones, and all rewards. By
     gold, a pair's number is the reward of its chosen side, the four odd ones are labelled wrongly, the others tie."""
     gold = torch.stack((torch.arange(9.0), torch.arange(9.0) + torch.arange(9) % 2), 1)
-    write(tmp_path, pairs=make_pairs(documents, source="toy", gold=gold), reward=reward_model)
+    write(tmp_path, pairs=make_pairs(documents, gold=gold), reward=reward_model)
 
     def call(flags, names=("easy.pt", "hard.pt")):
         run(split, flags)
@@ -138,7 +138,7 @@ def test_own_answers_by_hand(run, monkeypatch, tmp_path, capsys, policy, reward_
     in the worst alone (for "labelled"). Twos that differ by gold: one of the first prompt, ordered wrongly; two of the
     fourth, rightly; three of the fifth, one wrongly; three of the last, ties, each ½: 5.5 of 9."""
     prompts = [spell(f"\n\nHuman: How do I {task} my old chair?\n\nAssistant:…") for task in ["paint"] * 5 + ["move"]]
-    pairs = make_pairs([(prompt, spell(" Well."), spell(" Boil.")) for prompt in prompts], "toy")
+    pairs = make_pairs([(prompt, spell(" Well."), spell(" Boil.")) for prompt in prompts])
     pairs.gold, calls, scored = torch.tensor([[-0.25, 0.0]] * 6), [], []
 
     def generate(policy, prompts, *more):
@@ -160,7 +160,7 @@ def test_own_answers_by_hand(run, monkeypatch, tmp_path, capsys, policy, reward_
         assert [part.tolist() for part in document] == [part.tolist() for part in expected]
     found, printed = load_pairs(CommonSettings(out=str(tmp_path)), "easy.pt"), capsys.readouterr().out
     assert [tuple(LETTERS.decode(part) for part in found[index][1:]) for index in range(len(found))] == texts
-    assert (found.gold.tolist(), found.source) == (gold, "toy")
+    assert found.gold.tolist() == gold
     assert found.rewards[0].tolist() == {"best": [2, 1], "gold": [1, 2], "labelled": [9, 1]}[chosen]
     assert "61.1% of 9 pairs of answers" in printed and f"83.3% ended; {6 - len(texts)} prompts make no pair" in printed
     assert read_log(tmp_path / "easy.jsonl")[0]["generated"] == sum(len(spell(t)) for some, _ in ANSWERS for t in some)

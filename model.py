@@ -76,7 +76,7 @@ def flag(default, text: str, *, least=-math.inf, above=-math.inf, most=sys.float
 
 @dataclass
 class CommonSettings:
-    """The flags that every command has. Raises UserError at a number out of its bounds, or a name that cannot be."""
+    """The flags that every command has. UserError at a number out of bounds, a name with a folder or another ending."""
 
     out: str = flag("out", "folder for what the stages write; bare file names are looked up here first")
     seed: int = flag(0, "seeds weights, toy rows, which prompts are held back, data order and sampling", least=0)
@@ -1342,7 +1342,7 @@ def require_new(settings: CommonSettings, *flags: str) -> None:
         name = getattr(settings, flag_name)
         path = (Path(settings.out) / name).resolve()
         if path in taken:
-            raise UserError(f"--{flag_name} {name}: taken, by data, what is read or another flag; choose another name")
+            raise UserError(f"--{flag_name} {name}: taken (by data, a file read, another flag); choose another name")
         taken.add(path)
 
 

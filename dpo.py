@@ -95,28 +95,28 @@ def all_logprobs(settings: Settings, policy: GPT, documents: list, device: torch
 
 def main() -> None:
     """Trains the policy on preference pairs by DPO."""
-    # 1. Settings, pairs, and the policy to start from.
+    # 1. Settings, pairs, the policy, and the reference, by default the untrained policy.
     settings = parse_settings(Settings, __doc__)
     device = choose_device(settings)
     pairs = load_pairs(settings, settings.data)
     policy, tokenizer = load_model(settings, settings.init, GPT)
+    reader, _ = load_model(settings, settings.reference or settings.init, GPT)
     settle(settings, policy.config.pretrained)
-
-    # 2. The reference's log-probs of the training pairs; by default it is the untrained policy. Read in the batches of
-    # the first epoch, both round alike: then, on a CPU, the margins of step 1 are exactly 0, in bf16 too.
-    reader = load_model(settings, settings.reference, GPT)[0] if settings.reference else policy
     held_back = list(load_pairs(settings, "test.pt"))[:512] if (Path(settings.out) / "test.pt").exists() else []
+    anchor, start = (all_logprobs(settings, model, held_back, device) for model in (reader, policy))  # [n, 2] each
+    training = Training(settings, len(pairs), policy, ("loss", "margin", "accuracy"))
+
+    # 2. The reference's log-probs of the training pairs. Read in the batches of the first epoch, both models round
+    # alike: then, on a CPU, the margins of step 1 are exactly 0, in bf16 too.
     reference = torch.zeros(len(pairs), 2, device=device)
     steps = min(count_steps(settings, len(pairs)), -(-len(pairs) // settings.batch_size))
     for step in tqdm(range(steps), desc="reference", unit="step", leave=False):
         indices = batch_indices(len(pairs), settings.batch_size, step, settings.seed)
         reference[indices] = all_logprobs(settings, reader, [pairs[index] for index in indices], device)
-    anchor, start = (all_logprobs(settings, model, held_back, device) for model in (reader, policy))  # [n, 2] each
     del reader
 
     # 3. Train.
     options = settings.beta, settings.loss, settings.label_smoothing, settings.self_weight
-    training = Training(settings, len(pairs), policy, ("loss", "margin", "accuracy"))
     for _, indices in training:
         documents, logprobs = [pairs[index] for index in indices], torch.zeros(len(indices), 2, device=device)
         for batch in pack(documents, device, settings.pass_tokens):
@@ -143,7 +143,7 @@ def main() -> None:
         logratios = torch.stack((start, all_logprobs(settings, policy, held_back, device))) - anchor  # (2, n, 2)
         before, after = (logratios[..., 0] - logratios[..., 1]).sign().mean(1) / 2 + 0.5
         print(f"{len(held_back)} held-back pairs: the policy's own reward ranks {before:.1%} → {after:.1%} as labelled")
-    finish(settings, ["save"], "python ppo.py", "--init {} --save NAME.pt")
+    finish(settings, ["save"], "python ppo.py", "--init {} --save PPO_NAME.pt")
 
 
 if __name__ == "__main__":

@@ -101,4 +101,4 @@ def test_rate_0_shows_the_reference(run, monkeypatch, tmp_path, policy, document
     assert sum(line["tokens_per_second"] * line["seconds"] for line in log[:3]) == pytest.approx(tokens)
     monkeypatch.setattr(dpo, "pack", lambda some, *more: read.append(len(some)) or pack(some, *more))
     run(dpo, f"{flags} --steps 1")
-    assert read == [4, 0, 0, 4]  # for the reference; held back, by both policies; to train
+    assert read == [0, 0, 4, 4]  # held back, by both policies; for the reference; to train

@@ -42,7 +42,7 @@ TITLES = {"sft": "SFT", "dpo": "DPO", "ppo": "MPO"}  # what the default checkpoi
 # How tables show {mean, standard error, low, high}; what FORMATS does not list is a share.
 ROUGH, SHARE = "{0:.1f} ± {1:.1f}", "{0:.0%} ({2:.0%} to {3:.0%})"
 FORMATS = {"gold_reward": "{0:.2f} ({2:.2f} to {3:.2f})", "reward": "{0:.2f} ± {1:.2f}", "kl": ROUGH, "length": ROUGH,
-         "length_controlled": "{0:.0%} ± {1:.0%}", "lead": "{0:+.2f} ({2:+.2f} to {3:+.2f})"}
+           "length_controlled": "{0:.0%} ± {1:.0%}", "lead": "{0:+.2f} ({2:+.2f} to {3:+.2f})"}
 RIDGE = 0.001  # keeps the weights of a regression finite where one side always wins
 
 
@@ -94,7 +94,7 @@ def answer(settings: Settings, pairs: Pairs, policy: GPT, sft: GPT, reward: Rewa
         kl.index_add_(0, members[batch.sequence.cpu()], log_ratio.cpu())
         rewards[members] = reward.score(batch).cpu()
     if not summed(measured).isfinite().all():
-        raise UserError("not all rewards and log-probs of a policy's answers are finite")
+        raise UserError("not all rewards and log-probs of a policy's answers are finite; train it with a lower --lr")
     return [text.strip() for text in texts], {
         "gold_reward": torch.tensor(gold), "reward": rewards, "kl": kl,
         "length": torch.tensor([float(len(response)) for response in responses]),

@@ -466,7 +466,7 @@ def pack(documents: list[tuple[Tensor, ...]], device: torch.device, pass_tokens:
     about `pass_tokens` tokens [default: what suits the device]. Sorted by length, documents go to the passes in turn,
     so all are about equally long. Each process gets other documents, in equally many passes, some perhaps empty."""
     rank, count = processes()
-    sizes = [sum(len(part) for part in document) for document in documents]
+    sizes = [sum(map(len, document)) for document in documents]
     by_length = sorted(range(len(documents)), key=lambda index: -sizes[index])
     room = pass_tokens or (32768 if device.type == "cuda" else 4096)
     passes = count * max(1, math.ceil(min(sum(sizes) / room, len(documents)) / count))  # of all processes
@@ -678,7 +678,7 @@ class Tokenizer:
         spelled = {token: number for token, number in vocabulary.items() if token not in names}
         require_rank_merging(given, spelled)
         self.size = 1 + max(*vocabulary.values(), *self.added.values())
-        self.bytes = {number: bytes(BYTES[symbol] for symbol in token) for token, number in spelled.items()}
+        self.bytes = {number: bytes(map(BYTES.__getitem__, token)) for token, number in spelled.items()}
         self.bytes |= {number: name.encode() for name, number in self.added.items() if name not in self.special}
         # Where a text is cut, and into what: added tokens first, some found in its Unicode form; then words.
         plain = {token["content"]: token["normalized"] for token in added if not token["special"]}
@@ -780,7 +780,7 @@ def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
     found = (word for text in texts for word in regex.findall(WORDS, text))
     frequency = Counter(word for word in found if len(word) <= 100)  # what is longer is no word, and would take minutes
     # A word is written as its tokens, each between two spaces, which no symbol is: " a  b  cd ".
-    words = ["".join(f" {SYMBOLS[byte]} " for byte in word.encode("utf-8", "replace")) for word in frequency]
+    words = [f" {'  '.join(map(SYMBOLS.__getitem__, word.encode('utf-8', 'replace')))} " for word in frequency]
     weights, counts, found_in = list(frequency.values()), Counter(), defaultdict(set)
 
     def count_pairs(index: int, sign: int) -> None:
@@ -932,7 +932,7 @@ HUB = {  # short names: repository, which argument of load_dataset a part of it 
     "tldr": ("openai/summarize_from_feedback", "name",
              {"revision": "refs/convert/parquet", "data_files": {"train": "comparisons/train/*.parquet"}}),
 }
-FILES = "read are JSON Lines and JSON, gzipped or not, and parquet"
+FILES = "readable: JSON Lines and JSON, gzipped or not, and parquet"
 ENDINGS = ".jsonl", ".ndjson", ".json", ".parquet", ".gz"  # of a folder's files; a file may have any
 ABOUT = re.compile(r"(dataset_infos?|dataset_dict|state|metadata|config)\.json")  # tell about a folder's data
 
@@ -986,26 +986,26 @@ def load_pairs(settings: CommonSettings, name: str) -> Pairs:
         content["tokenizer"] = Tokenizer(**content["tokenizer"])
         pairs = Pairs(**{field.name: content[field.name] for field in dataclasses.fields(Pairs)})
     if not len(pairs):
-        raise UserError(f"{name}: holds no pairs")
+        raise UserError(f"{name}: holds no pairs; give split.py another --fraction, or model.py a larger --test-share")
     return pairs
 
 
 def read_rows(settings: "Settings") -> Iterator[tuple[str, dict]]:
     """Yields (where, row) for each row of --data, --limit at most; `where` names the row in error messages."""
-    source, path = settings.data, Path(settings.data)
-    of_hub = re.fullmatch(r"[\w.-]+/[\w.-]+([:@].+)?", source) and path.suffix not in ENDINGS and not path.exists()
-    if source == "toy":
+    data, path = settings.data, Path(settings.data)
+    of_hub = re.fullmatch(r"[\w.-]+/[\w.-]+([:@].+)?", data) and path.suffix not in ENDINGS and not path.exists()
+    if data == "toy":
         rows = (("toy", row) for row in toy_rows(settings.limit or 10000, settings.seed, settings.label_temperature))
     else:
-        rows = hub_rows(source) if of_hub or re.split("[:@]", source)[0] in HUB else file_rows(path, settings.out)
+        rows = hub_rows(data) if of_hub or re.split("[:@]", data)[0] in HUB else file_rows(path, settings.out)
     return itertools.islice(rows, settings.limit)
 
 
-def hub_rows(source: str) -> Iterator[tuple[str, dict]]:
+def hub_rows(data: str) -> Iterator[tuple[str, dict]]:
     """Rows of the hub's NAME[:PART][@SPLIT], shuffled, since hh holds its parts one behind the other."""
-    name, part, split = re.fullmatch("([^:@]+):?([^@]*)@?(.*)", source).groups()
+    name, part, split = re.fullmatch("([^:@]+):?([^@]*)@?(.*)", data).groups()
     repository, part_is, options = HUB.get(name, (name, "name", {}))
-    with reading(f"--data {source}", "no file, nor can the hub's be loaded; check network, name, part, @split"):
+    with reading(f"--data {data}", "no file, nor can the hub's be loaded; check network, name, part, @split"):
         import datasets
 
         rows = datasets.load_dataset(repository, split=split or "train", **options | {part_is: part or None})
@@ -1021,7 +1021,7 @@ def file_rows(path: Path, out: str) -> Iterator[tuple[str, dict]]:
     files = [file for file in found if file.suffix in ENDINGS and not ABOUT.fullmatch(file.name)]
     files = [path] if path.is_file() else files
     if not files:
-        found = "holds only " + ", ".join(file.name for file in found[:5]) if found else "no file, or a folder without"
+        found = "holds only " + ", ".join(file.name for file in found[:5]) if found else "no file, or an empty folder"
         raise UserError(f"--data {path}: {found}; {FILES}; or name toy, hh, tldr or the hub's owner/name")
     for file in files:
         rows = parse_rows(file)
@@ -1063,6 +1063,7 @@ def read_row(row: dict) -> tuple[str | list[dict], str, str]:
     if row.get("summaries") is not None:  # TL;DR, worded as in Stiennon et al. 2020
         post, texts = row["info"], [summary["text"] for summary in row["summaries"]]  # which begin with a space
         about = f"SUBREDDIT: r/{post['subreddit']}\n\nTITLE: {post['title']}\n\nPOST: {post['post'] or ''}\n\nTL;DR:"
+        about = about if post["subreddit"] else None  # a row about a news article
         row |= {"prompt": about, "chosen": texts[row["choice"]], "rejected": texts[1 - row["choice"]]}
     prompt = row.get("prompt") or list_messages(row.get("conversations") or row.get("question"), "user")
     sides = [row["chosen"], row["rejected"]]
@@ -1073,7 +1074,8 @@ def read_row(row: dict) -> tuple[str | list[dict], str, str]:
         # Transcripts, whose prompt goes to the last turn; without one it is empty.
         halves = [re.fullmatch(f"(.*{TURN})?(.*)", side, re.DOTALL).groups("") for side in sides]
     elif texts and isinstance(prompt, str) and row.get("system") is None:
-        again = len(prompt.split()) > 3 and all(side.startswith(prompt) for side in sides)  # "Hi": answered in kind
+        # A prompt said again at the head of both goes, but for a short one: "Good morning!" is answered in kind.
+        again = len(prompt.encode(errors="replace")) > 15 and all(side.startswith(prompt) for side in sides)
         halves = [(prompt, side.removeprefix(prompt) if again else side) for side in sides]
     else:
         before = list_messages(row.get("system"), "system") + list_messages(prompt, "user")
@@ -1330,7 +1332,7 @@ def load(settings: CommonSettings, name: str, *kinds: str) -> dict:
     settings.loaded[name] = hashlib.sha256(json.dumps(content["made"]).encode()).hexdigest()[:16]
     settings.origin = settings.origin or (data, name)
     if data != settings.origin[0]:
-        raise UserError(f"{path}: goes back to other data than {settings.origin[1]}: another run of model.py")
+        raise UserError(f"{path}: goes back to other data than {settings.origin[1]}: run all after model.py again")
     return content
 
 
@@ -1670,7 +1672,8 @@ class Training:
         path = Path(settings.out) / settings.save
         self.log_path, self.state_path = path.with_suffix(".jsonl"), path.with_suffix(".state.pt")
         require_new(settings, "save")
-        flags = [one.name for one in dataclasses.fields(settings) if one.name not in ("out", "resume", "save_every")]
+        free = "out", "resume", "save_every", "pass_tokens", "grad_checkpoint"  # with --resume these may differ
+        flags = [one.name for one in dataclasses.fields(settings) if one.name not in free]
         self.made_from = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in flags} | settings.loaded
         if self.state_path.exists() and not settings.resume:
             raise UserError(f"{self.state_path}: a run was stopped, or still runs; use --resume, or delete this")
@@ -1822,9 +1825,6 @@ class Settings(TrainingSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.dim % (2 * self.heads) or self.heads % self.kv_heads:
-            shape = f"--dim {self.dim} --heads {self.heads} --kv-heads {self.kv_heads}"
-            raise UserError(f"{shape}: --dim must be a multiple of 2 × --heads, --heads of --kv-heads")
         ready = self.data.endswith(".pt")
         if (self.extrapolate or ready) and (self.save == "sft.pt" or not str(self.init).endswith(".pt")):
             raise UserError("--extrapolate, or a pairs file as --data, needs a checkpoint as --init and a new --save")
@@ -1833,11 +1833,16 @@ class Settings(TrainingSettings):
             (not self.extrapolate, "it is --extrapolate's, which is not given", "alpha"),
             (ready, f"the form of --data {self.data} is given", "limit test_share control_tokens context max_response"),
             (self.init, f"the shape of --init {self.init} is given", "vocabulary dim layers heads kv_heads"),
-            (self.extrapolate, "nothing is trained with --extrapolate", "data steps epochs batch_size lr resume"),
+            (self.extrapolate, "--extrapolate reads no data and trains nothing",
+             "data control_tokens limit label_temperature test_share epochs batch_size lr context max_response resume "
+             "save_every steps warmup decay clip pass_tokens grad_checkpoint"),
         ):
             for name in names.split():
                 if idle and getattr(self, name) != getattr(Settings, name):
                     raise UserError(f"--{name.replace('_', '-')}: {why}")
+        if self.dim % (2 * self.heads) or self.heads % self.kv_heads:
+            shape = f"--dim {self.dim} --heads {self.heads} --kv-heads {self.kv_heads}"
+            raise UserError(f"{shape}: --dim must be a multiple of 2 × --heads, --heads of --kv-heads")
 
 
 def extrapolate(settings: Settings, policy: GPT, tokenizer: Tokenizer) -> None:
@@ -1870,7 +1875,7 @@ def main() -> None:
         test = load_pairs(settings, "test.pt") if (Path(settings.out) / "test.pt").exists() else None
     else:
         if settings.init and settings.context > policy.config.context:
-            raise UserError(f"--context {settings.context}: {settings.init} has a context of {policy.config.context}")
+            raise UserError(f"--context {settings.context}: {settings.init} has {policy.config.context}; lower it")
         pairs, test = read_pairs(settings, tokenizer)
         data = hashlib.sha256(json.dumps(pairs.tokenizer.state).encode())
         for part in (pairs.tokens, pairs.lengths, test.tokens, test.lengths):
@@ -1913,7 +1918,7 @@ def main() -> None:
             total = sum(policy.logprobs(batch)[0].sum() for batch in pack(documents, device, settings.pass_tokens))
         loss = -summed(total).item() / test.lengths[:, 1].sum().item()
         print(f"test loss {loss:.3f} nats a token (perplexity {math.exp(min(loss, 700)):.2f})")
-    finish(settings, ["save"], "python reward.py", "--init {} --save NAME.pt")
+    finish(settings, ["save"], "python reward.py", "--init {} --save REWARD_NAME.pt")
 
 
 if __name__ == "__main__":

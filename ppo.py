@@ -207,8 +207,8 @@ def rollout_metrics(rollout: Rollout, returns: Tensor, tokenizer: Tokenizer, toy
     metrics = {"score": rollout.scores.mean(), "kl": log_ratio.sum(1).mean(), "length": rollout.lengths.float().mean(),
                "ended": rollout.ended.float().mean(), "explained_variance": 1 - unexplained}
     if toy:
-        texts = [[tokenizer.decode(part) for part in document] for document in rollout.documents]
-        metrics["gold_reward"] = sum(gold_reward(*text) for text in texts) / len(texts)
+        golds = [gold_reward(*map(tokenizer.decode, document)) for document in rollout.documents]
+        metrics["gold_reward"] = sum(golds) / len(golds)
     return metrics
 
 
@@ -244,8 +244,9 @@ def main() -> None:
             history.append(update(settings, rollout, rows, advantages, returns, policy, critic))
             grad_norms.append(training.optimize())
 
-        metrics = {name: torch.stack([one[name] for one in history]).mean() for name in history[0]}
-        metrics |= {"updates": len(history), "grad_norm": torch.stack(grad_norms).mean()}
+        metrics = {"updates": len(history), "grad_norm": torch.stack(grad_norms).mean()}
+        for name in history[0]:
+            metrics[name] = torch.stack([one[name] for one in history]).mean()
         metrics |= rollout_metrics(rollout, returns, tokenizer, pairs.gold is not None)
         training.log("episodes", int(rollout.lengths.sum()), **metrics)
 

@@ -73,7 +73,7 @@ def score_pairs(model: RewardModel, pairs: Pairs | list[tuple], device: torch.de
         rewards[batch.members.cpu()] = model.score(batch).view(-1, rewards.shape[1]).cpu()
     bad = (~summed(rewards).isfinite().all(1)).nonzero()[:, 0].tolist()
     if bad:
-        raise UserError(f"the rewards of {len(bad)} pairs are not finite, the first of them {bad[:10]}")
+        raise UserError(f"rewards of {len(bad)} pairs are not finite, the first {bad[:10]}; train with a lower --lr")
     return rewards
 
 

@@ -160,7 +160,7 @@ def main() -> None:
     pairs = load_pairs(settings, settings.data)
     model, _ = load_model(settings, settings.init, RewardModel)
     if settings.chosen == "gold" and pairs.gold is None:
-        raise UserError(f"--chosen gold: {settings.data} has none; only the toy world knows what is good")
+        raise UserError(f"--chosen gold: {settings.data} has no gold rewards; only the toy world knows them")
     require_new(settings, "easy", "hard")
 
     # 2. Score, and split by the gap.
@@ -182,7 +182,7 @@ def main() -> None:
     cut = "split at random" if settings.by == "random" else f"γ = {threshold:.3f}"
     print(f"reward gaps of {len(pairs)} pairs, {cut}:\n{histogram(gaps, wrong, threshold)}")
     print(*(describe(name, part) for name, part in parts.items()), sep="\n")
-    finish(settings, ["easy", "hard"], "python dpo.py", "--data {} --save NAME.pt")
+    finish(settings, ["easy", "hard"], "python dpo.py", "--data {} --save DPO_NAME.pt")
 
 
 if __name__ == "__main__":

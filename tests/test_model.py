@@ -517,7 +517,7 @@ def made_by_hand(tokenizer, row, room, max_response):
         parts = [side.rpartition(TURN) for side in sides]
         first, second = (head + turn for head, turn, _ in parts)
         texts = [first, *(part[2] for part in parts)]
-    elif len(prompt.split()) > 3 and all(side.startswith(prompt) for side in sides):
+    elif len(prompt.encode("utf-8", "replace")) > 15 and all(side.startswith(prompt) for side in sides):
         texts = [prompt, *(side[len(prompt) :] for side in sides)]
     (prompt, *ids), words = map(tokenizer.encode, texts), [text.strip() for text in texts[1:]]
     for broken, rule in (
@@ -582,7 +582,7 @@ def test_files_of_a_folder_give_their_rows_in_order(tmp_path, monkeypatch):
         assert list(read_rows(Settings(data=str(tmp_path), limit=limit))) == expected[:limit]
     for name in ("none.jsonl", "empty", "a/b.json", "zipped"):
         says = "holds only rows.zip" if name == "zipped" else "no file"
-        with pytest.raises(UserError, match=f"{tmp_path / name}: {says}.* read are JSON Lines"):
+        with pytest.raises(UserError, match=f"{tmp_path / name}: {says}.* readable: JSON Lines"):
             texts_of(tmp_path / name)
 
 
@@ -639,10 +639,12 @@ RIGHT_FILES = [
     (data_of(".jsonl", {"system": "s", "question": "q", "chosen": "a", "rejected": "b"},
              {"prompt": SYSTEM, "chosen": says("q", "c", "r", "a"), "rejected": SYSTEM + says("q", "c", "r", "b")},
              {"prompt": says("q", "c"), "chosen": SAYS_A, "rejected": SAYS_B},
-             {"prompt": "q q q q", "chosen": "q q q q a", "rejected": "q q q q b"},
-             {"prompt": "q q q", "chosen": "q q q a", "rejected": "q q q b"}),
+             {"prompt": "What is a tide?!", "chosen": "What is a tide?! a", "rejected": "What is a tide?! b"},
+             {"prompt": "什么是黑洞？", "chosen": "什么是黑洞？ a", "rejected": "什么是黑洞？ b"},
+             {"prompt": "Good afternoon!", "chosen": "Good afternoon! a", "rejected": "Good afternoon! b"}),
      [("s\n\nHuman: q" + TURN, *ANSWERS), (f"s\n\nHuman: q{TURN} c\n\nHuman: r{TURN}", *ANSWERS),
-      (f"{ASKED} c{TURN}", *ANSWERS), ("q q q q", *ANSWERS), ("q q q", "q q q a", "q q q b")]),
+      (f"{ASKED} c{TURN}", *ANSWERS), ("What is a tide?!", *ANSWERS), ("什么是黑洞？", *ANSWERS),
+      ("Good afternoon!", "Good afternoon! a", "Good afternoon! b")]),
     (data_of(".jsonl", TALK, PLAIN, COMPARISON, OTHER), [
         ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", " chosen", " rejected"), TEXTS,
         ("SUBREDDIT: r/tifu\n\nTITLE: So\n\nPOST: I did it.\n\nTL;DR:", " 1", " 0"),
@@ -713,7 +715,8 @@ DROPPED = {
         {"chosen": says("q", "a\r\n\r\nHuman: d"), "rejected": says("q", "b")}],
     "a role that a dialogue lacks": [{"prompt": {"role": "tool", "content": "q"}, "chosen": "a", "rejected": "b"}],
     "prompts differ between the sides": [{"chosen": says("q", "a"), "rejected": says("r", "b")}],
-    model.NO_PROMPT: [{"chosen": SAYS_A, "rejected": SAYS_B}, {"chosen": "a", "rejected": "b"}],
+    model.NO_PROMPT: [{"chosen": SAYS_A, "rejected": SAYS_B}, {"chosen": "a", "rejected": "b"},
+                      COMPARISON | {"info": dict.fromkeys(("subreddit", "title", "post"))}],
 }
 
 

@@ -208,6 +208,6 @@ def test_extrapolation_by_hand(run, tmp_path, policy, alpha, weight):
     run(model, f"--init dpo.pt --extrapolate start.pt --alpha {alpha} --save expo.pt")
     weights = load_model(CommonSettings(out=str(tmp_path), device="cpu"), "expo.pt", GPT)[0].embedding.weight
     assert torch.allclose(weights, torch.tensor(weight), atol=1e-6 if alpha == 0.5 else 0.0, rtol=0.0)
-    for wrong in ("--save dpo.pt", "--save start.pt", "--save test.pt", "--data hh", "--steps 3", "--resume"):
+    for wrong in ("--save dpo.pt", "--save start.pt", "--save test.pt", "--data hh", "--clip 2", "--resume"):
         with pytest.raises(UserError, match=wrong.partition(" ")[0]):
             run(model, f"--init {tmp_path}/dpo.pt --extrapolate start.pt --save b.pt {wrong}")

@@ -259,7 +259,6 @@ def judge(settings: Settings, prompts: list[str], answers: dict, opponents: dict
                 asked[name, opponent] = [QUESTION.format(*one) for one in texts]
                 same |= {QUESTION.format(*one): "TIE" for one in texts if one[1] == one[2]}
     known = read_log(path)
-    write_file(path, "".join(json.dumps(row) + "\n" for row in known))  # without half a line, after a crash
     verdicts = {row["question"]: row["verdict"] for row in known if row["model"] == model}
     questions = set().union(*asked.values()) - same.keys()
     unasked = sorted(questions - verdicts.keys())
@@ -278,6 +277,7 @@ def judge(settings: Settings, prompts: list[str], answers: dict, opponents: dict
             file.write(json.dumps({"model": model, "verdict": verdict, "question": question}).encode() + b"\n")
 
     with path.open("ab", buffering=0) as file:
+        file.write(b"\n" * (file.tell() > 0))  # ends half a line, should a crash have left one
         thread_map(work, unasked, max_workers=settings.judge_parallel, desc="judging", unit="request")
     verdicts |= same
     for (name, opponent), both_orders in asked.items():

@@ -78,7 +78,7 @@ def flag(default, text: str, *, least=-math.inf, above=-math.inf, most=sys.float
 class CommonSettings:
     """The flags that every command has. UserError at a number out of bounds, a name with a folder or another ending."""
 
-    out: str = flag("out", "folder for what the stages write; bare file names are looked up here first")
+    out: str = flag("out", "folder for what the stages write; bare names of .pt files are looked up here first")
     seed: int = flag(0, "seeds weights, toy rows, which prompts are held back, data order and sampling", least=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "auto: cuda, else mps, else cpu")
     dtype: Literal["auto", "fp32", "bf16"] = flag("auto", "of activations; weights and optimiser state stay fp32")
@@ -919,7 +919,8 @@ def toy_rows(count: int, seed: int, temperature: float = TOY_TEMPERATURE) -> Ite
 HUMAN = "\n\nHuman:"
 # How a question is put, and messages where the model has no chat template; these are templates too.
 FORMS = {"dialogue": """{% for said in messages %}
-{{ {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}[said.role] + said.content }}
+{{ {"system": "" if loop.first else "\n\n", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}[said.role]
+ + said.content }}
 {%- endfor %}{{ "\n\nAssistant:" if add_generation_prompt }}""",
          "tldr": "POST: {{ messages[0].content }}\n\nTL;DR:", "plain": "{{ messages[0].content }}"}
 ROLES = {"human": "user", "gpt": "assistant"}  # other names of them
@@ -986,7 +987,7 @@ def load_pairs(settings: CommonSettings, name: str) -> Pairs:
         content["tokenizer"] = Tokenizer(**content["tokenizer"])
         pairs = Pairs(**{field.name: content[field.name] for field in dataclasses.fields(Pairs)})
     if not len(pairs):
-        raise UserError(f"{name}: holds no pairs; give split.py another --fraction, or model.py a larger --test-share")
+        raise UserError(f"{name}: holds no pairs; try another --fraction, --threshold or --test-share")
     return pairs
 
 
@@ -1073,7 +1074,7 @@ def read_row(row: dict) -> tuple[str | list[dict], str, str]:
     if texts and (not prompt or str(prompt).isspace() or all(side.lstrip().startswith("Human:") for side in sides)):
         # Transcripts, whose prompt goes to the last turn; without one it is empty.
         halves = [re.fullmatch(f"(.*{TURN})?(.*)", side, re.DOTALL).groups("") for side in sides]
-    elif texts and isinstance(prompt, str) and row.get("system") is None:
+    elif texts and isinstance(prompt, str) and (row.get("system") is None or prompt.endswith(TURN)):
         # A prompt said again at the head of both goes, but for a short one: "Good morning!" is answered in kind.
         again = len(prompt.encode(errors="replace")) > 15 and all(side.startswith(prompt) for side in sides)
         halves = [(prompt, side.removeprefix(prompt) if again else side) for side in sides]
@@ -1084,7 +1085,7 @@ def read_row(row: dict) -> tuple[str | list[dict], str, str]:
     if prompt != other:
         raise DroppedRow("prompts differ between the sides")
     require_parts(prompt, chosen.strip(), rejected.strip())
-    return prompt, chosen, rejected
+    return (row.get("system") or "") + prompt if isinstance(prompt, str) else prompt, chosen, rejected
 
 
 def require_parts(prompt, chosen, rejected) -> None:
@@ -1101,7 +1102,7 @@ def split_messages(before: list[dict], side) -> tuple[list[dict], str]:
     """(prompt, response) of one side of a row: messages that follow those `before`, or a whole conversation, beside
     which only a system message counts. The last one is the response."""
     messages = list_messages(side, "assistant")
-    if messages[0]["role"] != "assistant":
+    if messages[0]["role"] != "assistant" and "user" in [message["role"] for message in messages]:
         own = messages[0]["role"] == "system"
         before = [message for message in before if message["role"] == "system" and not own]
     *prompt, last = before + messages
@@ -1116,6 +1117,8 @@ def list_messages(given, role: str) -> list[dict[str, str]]:
         given = given and {"role": role, "content": given}
     messages = []
     for message in [given] if isinstance(given, dict) else given or []:
+        if message.get("tool_calls"):
+            raise DroppedRow("a call of a tool, which is no text")
         said = (message.get("role") or message["from"]).lower()
         name = "value" if message.get("content") is None and "value" in message else "content"
         content = message[name] or ""
@@ -1242,6 +1245,8 @@ def read_pairs(settings: "Settings", tokenizer: Tokenizer | None = None) -> tupl
     gold = torch.tensor(golds) if settings.data == "toy" else None
     pairs = Pairs(torch.cat(parts), lengths, tokenizer, gold=gold, form=max(forms, key=forms.get))
     train, test = (pairs.select((torch.tensor(held_back) == side).nonzero().flatten()) for side in (False, True))
+    if settings.data != "toy":  # a file may hold its kinds one behind the other, and evaluate.py asks the first prompts
+        test = test.select(torch.randperm(len(test), generator=torch.Generator().manual_seed(0)))
     print(f"{len(train)} training pairs, {len(test)} test pairs, {tokenizer.size} tokens, prompts of form {pairs.form}")
     for side, use in ((train, "train on; lower"), (test, "test on; raise")):
         if not len(side):
@@ -1329,7 +1334,9 @@ def load(settings: CommonSettings, name: str, *kinds: str) -> dict:
         if content["kind"] not in kinds or content["format"] != FORMAT:
             held, needed = f"{content['kind']} (format {content['format']})", f"{' or '.join(kinds)} (format {FORMAT})"
             raise UserError(f"{path}: holds a {held}, but a {needed} is needed here")
-    settings.loaded[name] = hashlib.sha256(json.dumps(content["made"]).encode()).hexdigest()[:16]
+        told = [content[part].numpy() for part in ("tokens", "lengths") if part in content]  # of pairs; of models:
+        told = told or [json.dumps(content["made"]).encode()]
+    settings.loaded[name] = hashlib.sha256(b"".join(told)).hexdigest()[:16]
     settings.origin = settings.origin or (data, name)
     if data != settings.origin[0]:
         raise UserError(f"{path}: goes back to other data than {settings.origin[1]}: run all after model.py again")
@@ -1652,12 +1659,12 @@ def batch_indices(examples: int, batch_size: int, step: int, seed: int) -> list[
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a log, one a step; none without a log. Half a line, as a power cut leaves it, ends it."""
-    steps = []
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        for line in path.read_text("utf-8", "replace").splitlines():
-            steps.append(json.loads(line))
-    return steps
+    """The records of a log, one a line; none without a log. Half a line, as a power cut leaves it, does not count."""
+    records = []
+    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
 
 
 class Training:
@@ -1672,9 +1679,13 @@ class Training:
         path = Path(settings.out) / settings.save
         self.log_path, self.state_path = path.with_suffix(".jsonl"), path.with_suffix(".state.pt")
         require_new(settings, "save")
+        log = read_log(self.log_path)
+        if log and "step" not in log[0]:
+            raise UserError(f"{self.log_path}: not a log, which would be written here; choose another --save, or --out")
         free = "out", "resume", "save_every", "pass_tokens", "grad_checkpoint"  # with --resume these may differ
         flags = [one.name for one in dataclasses.fields(settings) if one.name not in free]
-        self.made_from = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in flags} | settings.loaded
+        self.made_from = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in flags}
+        self.made_from |= settings.loaded | {"the data": settings.origin and settings.origin[0]}
         if self.state_path.exists() and not settings.resume:
             raise UserError(f"{self.state_path}: a run was stopped, or still runs; use --resume, or delete this")
         if settings.resume and not self.state_path.exists():
@@ -1683,7 +1694,7 @@ class Training:
             self.load_state()
         if processes()[0] == 0:
             self.lock_log()
-        self.write_log(read_log(self.log_path)[: self.step], "w")
+        self.write_log(log[: self.step], "w")
 
     def lock_log(self) -> None:
         """Locks the log until this process ends, so that no second run writes the same files."""
@@ -1711,7 +1722,7 @@ class Training:
 
     def load_state(self) -> None:
         """Reads what save_state wrote. Raises UserError if it is another run's."""
-        state = load(self.settings, str(self.state_path.resolve()), "resume state")
+        state = load(CommonSettings(), str(self.state_path.resolve()), "resume state")
         with reading(self.state_path):
             for name, value in self.made_from.items():
                 had = state["made_from"].get(name)

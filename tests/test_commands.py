@@ -256,6 +256,8 @@ def test_ctrl_c_and_sigterm_stop_after_the_step_and_resume_ends_the_same(out, to
     assert (group["eps"], group["betas"], group["weight_decay"]) == options
     assert f"{name}.state.pt: a run was stopped, or still runs; use --resume" in refusal(command, out, *flags)
     assert "--lr is not what the saved run had: 0.5 now" in refusal(command, out, *flags, "--resume", "--lr", 0.5)
+    if command == "model":  # other data
+        assert "--limit is not what the saved run had: 9 now" in refusal(command, out, *flags, "--resume", "--limit", 9)
     state = (out / f"{name}.state.pt").read_bytes()
     (out / f"{name}.state.pt").write_bytes(state[:9000])
     assert f"{name}.state.pt: damaged" in refusal(command, out, *flags, "--resume")
@@ -272,6 +274,13 @@ def test_a_second_run_at_the_same_time_is_refused_and_resume_on_a_file_made_anew
     assert log(out / "dpo.jsonl") == log(toy.out / "dpo.jsonl")
     succeed("split", out, "--fraction", 0.4)
     assert "easy.pt is not what the saved run had" in refusal("dpo", out, "--resume")
+    succeed("split", out, "--seed", 9)  # another command, which writes what there was
+    go_on("dpo", out, toy.out)
+
+
+def test_a_users_file_is_not_taken_for_a_log_and_written_over(out):
+    (out / "mine.jsonl").write_text(json.dumps({"chosen": "a", "rejected": "b"}))
+    assert "mine.jsonl: not a log" in refusal("dpo", out, "--save", "mine.pt")
 
 
 @pytest.mark.parametrize("command, prints, call, names", [

@@ -10,6 +10,7 @@ import threading
 import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -19,7 +20,7 @@ from conftest import END, LETTERS, make_pairs, plain_logprobs, plain_score, spel
 
 import evaluate
 from evaluate import POINTS, Refused, Settings, answer, ask, judge, length_controlled, summarise, table, tally
-from model import UserError, ask_in_form, generate, mixed_seed
+from model import UserError, ask_in_form, generate, mixed_seed, read_log
 from reward import RewardModel, wilson_interval
 
 ASKED = ("How do I paint my old chair?", "I want to sell my red lamp.", "Move it.", "Clean the big drum?")
@@ -351,7 +352,7 @@ def test_the_cost_is_said_first_and_every_verdict_kept_at_once_and_not_asked_for
     cost = f"about {tokens:,.0f} input tokens (4 characters each)"
     assert "is asked 18 of 18 questions" in seen[0][0] and cost in seen[0][0]
     assert [text.count("\n") for _, text in seen] == list(range(18)) and len(set(asking.questions)) == 18
-    assert judged(asking) == first and path.read_bytes() == kept
+    assert judged(asking) == first and path.read_bytes() == kept + b"\n"
     assert re.search("is asked 0 of 18 questions.* 0 input tokens", capsys.readouterr().out)
     path.write_bytes(kept[:-20])
     for mine, model, questions in ((MINE, "tester", 1), (["New.", *MINE[1:]], "tester", 4), (MINE, "another", 18)):
@@ -359,6 +360,18 @@ def test_the_cost_is_said_first_and_every_verdict_kept_at_once_and_not_asked_for
         asking.judge_model = model
         assert judged(asking, mine) == judged(asking, mine) == first
         assert len(asking.questions) == questions
+
+
+def test_two_judges_at_once_lose_no_verdict(asking):
+    def verdict(question):
+        if len(asking.questions) == 5:
+            judged(replace(asking, judge_model="other"))
+        return longer(question)
+
+    asking.verdict, asking.judge_parallel = verdict, 1
+    judged(asking)
+    models = [row["model"] for row in read_log(Path(asking.out) / "verdicts.jsonl")]
+    assert sorted(models) == ["other"] * 18 + ["tester"] * 18
 
 
 def test_a_judge_or_a_talk_under_torchrun_and_a_picture_without_matplotlib_are_refused_at_once(monkeypatch):

@@ -597,7 +597,10 @@ def test_pairs_have_the_form_of_most_of_their_prompts(tmp_path):
     for most, form, other in ((TURN, "dialogue", "."), ("\n\nTL;DR:", "tldr", "."), (".", "plain", TURN)):
         rows = [{"prompt": f"{n}{most if n % 3 else other}", "chosen": " a", "rejected": " b"} for n in range(30)]
         (tmp_path / "rows").write_bytes(data_of(".jsonl", *rows))
-        assert {part.form for part in read_pairs(settled(data=f"{tmp_path}/rows", test_share=0.5), TOY)} == {form}
+        parts = read_pairs(settled(data=f"{tmp_path}/rows", test_share=0.5), TOY)
+        assert {part.form for part in parts} == {form}
+    train, test = ([int(re.match(r"\d+", TOY.decode(prompt))[0]) for prompt, *_ in part] for part in parts)
+    assert train == sorted(train) and test != sorted(test)  # evaluate.py asks the first ones: they are of all kinds
 
 
 PLAIN = {"prompt": "a\n\nAssistant:", "chosen": "b\n\nAssistant: c", "rejected": "d", "more": 1}
@@ -639,11 +642,14 @@ RIGHT_FILES = [
     (data_of(".jsonl", {"system": "s", "question": "q", "chosen": "a", "rejected": "b"},
              {"prompt": SYSTEM, "chosen": says("q", "c", "r", "a"), "rejected": SYSTEM + says("q", "c", "r", "b")},
              {"prompt": says("q", "c"), "chosen": SAYS_A, "rejected": SAYS_B},
+             {"system": "s", "prompt": ASKED, "chosen": " a", "rejected": " b"},
+             {"prompt": "q", "chosen": SYSTEM + SAYS_A, "rejected": SYSTEM + SAYS_B},
              {"prompt": "What is a tide?!", "chosen": "What is a tide?! a", "rejected": "What is a tide?! b"},
              {"prompt": "什么是黑洞？", "chosen": "什么是黑洞？ a", "rejected": "什么是黑洞？ b"},
              {"prompt": "Good afternoon!", "chosen": "Good afternoon! a", "rejected": "Good afternoon! b"}),
      [("s\n\nHuman: q" + TURN, *ANSWERS), (f"s\n\nHuman: q{TURN} c\n\nHuman: r{TURN}", *ANSWERS),
-      (f"{ASKED} c{TURN}", *ANSWERS), ("What is a tide?!", *ANSWERS), ("什么是黑洞？", *ANSWERS),
+      (f"{ASKED} c{TURN}", *ANSWERS), (f"s{ASKED}", *ANSWERS), (f"\n\nHuman: q\n\ns{TURN}", *ANSWERS),
+      ("What is a tide?!", *ANSWERS), ("什么是黑洞？", *ANSWERS),
       ("Good afternoon!", "Good afternoon! a", "Good afternoon! b")]),
     (data_of(".jsonl", TALK, PLAIN, COMPARISON, OTHER), [
         ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", " chosen", " rejected"), TEXTS,
@@ -713,6 +719,8 @@ DROPPED = {
         TALK | {side: text + "\r\n\r\nHuman: d" for side, text in TALK.items()}, PLAIN | {"chosen": "c\n\nHuman: d"},
         {"chosen": says("q", "a", "r"), "rejected": says("q", "b", "r")},
         {"chosen": says("q", "a\r\n\r\nHuman: d"), "rejected": says("q", "b")}],
+    "a call of a tool, which is no text": [
+        {"prompt": [*SAYS_Q, SAYS_A[0] | {"tool_calls": [{}]}], "chosen": "a", "rejected": "b"}],
     "a role that a dialogue lacks": [{"prompt": {"role": "tool", "content": "q"}, "chosen": "a", "rejected": "b"}],
     "prompts differ between the sides": [{"chosen": says("q", "a"), "rejected": says("r", "b")}],
     model.NO_PROMPT: [{"chosen": SAYS_A, "rejected": SAYS_B}, {"chosen": "a", "rejected": "b"},

@@ -86,7 +86,7 @@ class CommonSettings:
 
     def __post_init__(self):
         self.origin = None  # (id of the data that all files of a run go back to, the file that named it first)
-        self.loaded = {}  # by `load`: name → id of what made it
+        self.loaded = {}  # by `load`: name → id of the pairs, or of what made the model
         for field in dataclasses.fields(self):
             value, about, ending = getattr(self, field.name), field.metadata, Path(str(field.default)).suffix
             if field.name in ("save", "easy", "hard") and ("/" in value or not value.endswith(ending)):

@@ -1334,8 +1334,8 @@ def load(settings: CommonSettings, name: str, *kinds: str) -> dict:
         if content["kind"] not in kinds or content["format"] != FORMAT:
             held, needed = f"{content['kind']} (format {content['format']})", f"{' or '.join(kinds)} (format {FORMAT})"
             raise UserError(f"{path}: holds a {held}, but a {needed} is needed here")
-        told = [content[part].numpy() for part in ("tokens", "lengths") if part in content]  # of pairs; of models:
-        told = told or [json.dumps(content["made"]).encode()]
+        told = [content[part].numpy() for part in ("tokens", "lengths") if part in content]
+        told = told or [json.dumps(content["made"]).encode()]  # pairs are known by content, models by what made them
     settings.loaded[name] = hashlib.sha256(b"".join(told)).hexdigest()[:16]
     settings.origin = settings.origin or (data, name)
     if data != settings.origin[0]:
@@ -1685,7 +1685,7 @@ class Training:
         free = "out", "resume", "save_every", "pass_tokens", "grad_checkpoint"  # with --resume these may differ
         flags = [one.name for one in dataclasses.fields(settings) if one.name not in free]
         self.made_from = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in flags}
-        self.made_from |= settings.loaded | {"the data": settings.origin and settings.origin[0]}
+        self.made_from |= settings.loaded | {"the data": settings.origin and settings.origin[0]}  # named after flags
         if self.state_path.exists() and not settings.resume:
             raise UserError(f"{self.state_path}: a run was stopped, or still runs; use --resume, or delete this")
         if settings.resume and not self.state_path.exists():
@@ -1722,7 +1722,7 @@ class Training:
 
     def load_state(self) -> None:
         """Reads what save_state wrote. Raises UserError if it is another run's."""
-        state = load(CommonSettings(), str(self.state_path.resolve()), "resume state")
+        state = load(CommonSettings(), str(self.state_path.resolve()), "resume state")  # of any data: see below
         with reading(self.state_path):
             for name, value in self.made_from.items():
                 had = state["made_from"].get(name)

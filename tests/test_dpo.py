@@ -38,13 +38,12 @@ def test_loss_and_slope_by_hand(margin, beta, options, loss, slope):
 
 @pytest.mark.parametrize("flags", ["--label-smoothing 0.2 --self-weight 0.5 --reference sft.pt", "--loss ipo"])
 def test_the_command_equals_a_plain_loop(run, tmp_path, policy, documents, flags, capsys):
-    """Three steps on all nine pairs, each in several passes. The files that default names would find are others."""
-    mean, beta = "ipo" in flags, 0.3
-    other = tiny(7)
+    """Three steps on all nine pairs, in several passes each; a batch could be more. Default names find other files."""
+    mean, beta, other = "ipo" in flags, 0.3, tiny(7)
     held_back = [documents[0], *((prompt, two, one) for prompt, one, two in documents[1:4])]  # 3 the wrong way
     write(tmp_path, mine=documents, start=policy, easy=documents[:3], sft=other, test=held_back)
     assert len(list(pack(documents, CPU, 150))) > 1
-    flags += " --data mine.pt --init start.pt --batch-size 9 --pass-tokens 150 --steps 3 --beta 0.3"
+    flags += " --data mine.pt --init start.pt --batch-size 12 --pass-tokens 150 --steps 3 --beta 0.3"
     log = run(dpo, f"{flags} --lr 1e-3 --warmup 0 --decay constant")
     anchor = other if "--reference" in flags else policy
     reference, start = (plain_sides(one, documents, mean).detach() for one in (anchor, policy))

@@ -326,6 +326,9 @@ def test_a_judge_of_length_gives_the_known_win_rates(asking, tmp_path):
     rows = judged(asking, secret=list(MINE))
     expected = dict.fromkeys(("chosen of mine", "sft of mine", "chosen of secret", "sft of secret"), 0.625)
     assert {versus: row["win_rate"] for versus, row in rows.items()} == {"chosen of sft": 0.125, **expected}
+    gaps = torch.tensor([float(len(ours) - len(theirs)) for ours, theirs in zip(MINE, SFTS, strict=True)])
+    controlled = length_controlled(torch.tensor([1, 0, 0.5, 1]), gaps).mean().item()
+    assert rows["sft of mine"]["length_controlled"] == pytest.approx(controlled)
     assert len(asking.questions) == 18
     for text in asking.questions:
         assert "secret" not in text and text.index("Human: ") < text.index("<A>") < text.index("<B>")

@@ -207,11 +207,11 @@ def test_kernel_equals_log_softmax_and_gather_in_float64(tile, temperature, dtyp
         assert (result - exact).norm() < tolerance / 5 * exact.norm()
 
 
-@pytest.mark.parametrize("width", [1, 2])
-def test_kernel_loses_nothing_beside_large_logits(width, monkeypatch):
-    """Two words at logits 10000 and 9999: σ(±1) = 0.731059 and 0.268941, whatever the tiles."""
+@pytest.mark.parametrize("width, first", [(1, 10000.0), (2, 10000.0), (1, -10000.0)])
+def test_kernel_loses_nothing_beside_large_logits(width, first, monkeypatch):
+    """Two words at logits 10000 and 9999, or −10000 and −10001: σ(±1) = 0.731059 and 0.268941, whatever the tiles."""
     monkeypatch.setitem(model.TILES, "cpu", (1, width))
-    inputs = torch.ones(2, 1), torch.tensor([[10000.0], [9999.0]]), torch.tensor([0, 1]), torch.tensor([0.0, 1.0])
+    inputs = torch.ones(2, 1), torch.tensor([[first], [first - 1]]), torch.tensor([0, 1]), torch.tensor([0.0, 1.0])
     logprobs, entropies, _, grad_weight = run_kernel(model.token_logprobs, *inputs)
     assert [*logprobs, *entropies] == pytest.approx([-0.313262, -1.313262, 0.582203, 0.582203], abs=1e-5)
     assert grad_weight.flatten().tolist() == pytest.approx([-0.731059, 0.731059], abs=1e-5)
@@ -390,6 +390,8 @@ def test_samples_are_distributed_as_the_softmax(temperature):
     uniform = torch.cat((torch.zeros(1), (torch.arange(20000) + 0.5) / 20000, torch.tensor([1 - 2**-24])))
     drawn = sample(logits.expand(20002, -1), uniform, temperature).bincount(minlength=11)
     assert (drawn / 20002 - (logits / temperature).softmax(-1)).abs().max() < 2e-4 and not drawn[logits.isinf()].any()
+    even, uniform = torch.linspace(0, 0.5, 400).bfloat16(), (torch.arange(8000) + 0.5) / 8000
+    assert len(sample(even.expand(8000, -1), uniform, temperature).unique()) == 400  # whose sum bf16 would round
     assert sample(torch.tensor([[0.0, 3.0, 2.9], [5.0, -1.0, 4.9]]), torch.tensor([0.999, 0.999]), 0).tolist() == [1, 0]
 
 
@@ -821,6 +823,7 @@ def test_a_file_that_would_run_code_is_refused_unrun(zipped, tmp_path):
     # Two steps of warm-up; then 8/8, 7/8, … of the peak, and the step after the last would be at 0.
     (10, 0.2, "linear", [1.0, 2.0, 2.0, 1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25]), (1, 0.1, "linear", [2.0]),
     (4, 0.0, "linear", [2.0, 2.0, 4 / 3, 2 / 3]), (4, 1.0, "linear", [0.5, 1.0, 1.5, 2.0]),
+    (6, 0.3, "constant", [1.0] + [2.0] * 5), (6, 0.2, "constant", [2.0] * 6),  # 1.8 steps are two, 1.2 are one
 ])
 def test_learning_rates_by_hand(steps, warmup, decay, expected, tmp_path):
     flags = {"lr": 2.0, "steps": steps, "warmup": warmup, "decay": decay}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ if __name__ == "__main__":  # all commands; of several processes the last alone 
 
 @pytest.fixture(scope="module")
 def outs(tmp_path_factory):
-    """(folder of one process, folder of two, what the two printed)."""
+    """(folder of one process, folder of two, what each printed)."""
     folder, environment = tmp_path_factory.mktemp("parallel"), {**os.environ, "OMP_NUM_THREADS": "1"}
     ways = {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
     started, outputs = [], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -40,7 +41,7 @@ def outs(tmp_path_factory):
         started.append(subprocess.Popen([sys.executable, *way, __file__, folder / name], **outputs, env=environment))
     printed = [process.communicate(timeout=100)[0] for process in started]
     assert not any(process.returncode for process in started), printed
-    return folder / "one", folder / "two", printed[1]
+    return folder / "one", folder / "two", *printed
 
 
 def parts(path: Path) -> dict:
@@ -68,8 +69,10 @@ def test_two_processes_write_what_one_does(outs, name):
 
 
 def test_a_signal_to_one_process_stops_both_after_the_same_step_and_they_go_on_and_one_speaks_for_both(outs):
-    assert outs[2].count("stopped after step 2 of 6") == 1 and outs[2].count("exits with 130") == 2
-    assert [outs[2].count(f"next: python {name}.py") for name in ("split", "dpo", "ppo", "evaluate")] == [1, 1, 3, 1]
+    assert outs[3].count("stopped after step 2 of 6") == 1 and outs[3].count("exits with 130") == 2
+    assert [outs[3].count(f"next: python {name}.py") for name in ("split", "dpo", "ppo", "evaluate")] == [1, 1, 3, 1]
+    one, two = (re.findall("(?:test loss|test accuracy|ranks) .*", printed) for printed in outs[2:])
+    assert one == two and len(one) == 6
     for out in outs[:2]:
         assert same_weights(out / "dpo.pt", out / "stopped.pt") and log(out / "dpo.jsonl") == log(out / "stopped.jsonl")
         assert not (out / "stopped.state.pt").exists()

@@ -38,8 +38,8 @@ from model import (
 )
 from reward import RewardModel, ranking_accuracy, score_pairs, wins
 
-# Budgets: MPO's DPO takes 64 steps of 64 pairs, every PPO 32 steps of 128 prompts. A method that is DPO alone may choose 256
-# steps, which take about as long.
+# Budgets: MPO's DPO takes 64 steps of 64 pairs, every PPO 32 steps of 128 prompts. A method that is DPO alone may
+# choose 256 steps, which take about as long as that PPO.
 WORLD, REWARD, SPLIT, START = "model.py --save sft.pt", "reward.py", "split.py", "dpo.py --steps 64"
 GRID = {"dpo.py": [(64, 0.1), (64, 0.3), (256, 0.1), (256, 0.3)],  # steps, β
         "ppo.py": [0.05, 0.1, 0.2, 0.3]}  # KL price

@@ -18,8 +18,7 @@ from split import easy_mask, histogram
     (1.0, 1.0, [True, False, True, True], 1.0),  # is easy
     (0.5, 0.0, [True, True, True, True], 0.0),  # 0 is a threshold, not "none given"
     (0.25, None, [False, False, True, False], 2.0),
-    (0.4, None, [True, False, True, True], 1.0),  # 1.6 are two
-    (0.5, None, [True, False, True, True], 1.0),  # half of four is two; those that tie at γ are all easy
+    (0.4, None, [True, False, True, True], 1.0),  # 1.6 of four are two; those that tie at γ are all easy
     (0.0, None, [False] * 4, math.inf), (1.0, None, [True] * 4, 0.0),
 ])
 def test_easy_pairs_by_hand(fraction, threshold, easy, gamma):

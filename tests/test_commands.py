@@ -278,11 +278,6 @@ def test_a_second_run_at_the_same_time_is_refused_and_resume_on_a_file_made_anew
     go_on("dpo", out, toy.out)
 
 
-def test_a_users_file_is_not_taken_for_a_log_and_written_over(out):
-    (out / "mine.jsonl").write_text(json.dumps({"chosen": "a", "rejected": "b"}))
-    assert "mine.jsonl: not a log" in refusal("dpo", out, "--save", "mine.pt")
-
-
 @pytest.mark.parametrize("command, prints, call, names", [
     ("model", "model.pack", 7, ["sft.pt"]), ("reward", "reward.report", 1, ["reward.pt"]),  # pack: after six steps
     ("split", "split.histogram", 1, ["easy.pt", "hard.pt"]),
@@ -386,7 +381,10 @@ def test_what_finds_no_room_is_named_and_nothing_is_lost(out, toy, command, name
         go_on(command, out, toy.out)
 
 
-def test_a_folder_that_is_a_file_or_vanishes_is_named_or_made_anew(out, toy):
+def test_a_users_file_is_not_written_over_and_a_folder_that_is_a_file_or_vanishes_is_named_or_made_anew(out, toy):
+    (out / "mine.jsonl").write_text(json.dumps({"chosen": "a", "rejected": "b"}))
+    assert "mine.jsonl: not a log" in refusal("dpo", out, "--save", "mine.pt")
+    (out / "mine.jsonl").unlink()
     (out / "mine.jsonl").mkdir()
     assert f"{out}/mine.jsonl" in refusal("dpo", out, "--save", "mine.pt")
     Path("blocked").write_text("I am a file")

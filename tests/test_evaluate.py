@@ -35,7 +35,7 @@ for one in (SFT, OTHER, SCORER):
 
 
 def four_pairs(source="toy", repeat=1):
-    documents = [(prompt, spell(f" {CHOSEN}"), spell(" No.")) for prompt in PROMPTS for _ in range(repeat)]
+    documents = [(prompt, spell(f" {CHOSEN}{'!' * n}"), spell(" No.")) for prompt in PROMPTS for n in range(repeat)]
     gold = torch.tensor([[0.5, -0.25]] * 4 * repeat) if source == "toy" else None
     return make_pairs(documents, gold)
 
@@ -126,7 +126,7 @@ def test_length_controlled_win_rate_is_the_likeliest_and_its_error_a_jackknifes(
 @pytest.mark.parametrize("source", ["toy", "hh"])
 def test_wins_by_hand_are_saved_before_they_are_shown_then_answers_side_by_side(run, monkeypatch, out, capsys, source):
     """MPO against chosen ½: win, win, loss, tie; against SFT's 0: win, win, loss, win. Mine leads by 1, −2, −1, ½."""
-    write(out, test=four_pairs(source), mine=OTHER)
+    write(out, test=four_pairs(source, repeat=2), mine=OTHER)  # of a prompt's two pairs the first one counts
     judged, other = ("gold_reward", "reward") if source == "toy" else ("reward", "gold_reward")
     points = {"mine": [3.0, -1.0, -2.0, 1.0], "ppo": [2.0, 1.0, -1.0, 0.5], "sft": [0.0] * 4}
     lengths = {"mine": [9.0] * 4, "ppo": [7.0, 8.0, 22.0, 32.5], "sft": [10.0] * 4}
@@ -361,8 +361,7 @@ def test_the_cost_is_said_first_and_every_verdict_kept_at_once_and_not_asked_for
     for mine, model, questions in ((MINE, "tester", 1), (["New.", *MINE[1:]], "tester", 4), (MINE, "another", 18)):
         asking.questions.clear()
         asking.judge_model = model
-        assert judged(asking, mine) == judged(asking, mine) == first
-        assert len(asking.questions) == questions
+        assert judged(asking, mine) == judged(asking, mine) == first and len(asking.questions) == questions
 
 
 def test_two_judges_at_once_lose_no_verdict(asking):

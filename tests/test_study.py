@@ -197,6 +197,14 @@ def test_tables_by_hand():
     header, line = study.tuning_table(tried, ["MPO"]).splitlines()[1:]
     assert header.split() == ["KL", "price", "0.05", "0.1", "0.2", "0.3"]
     assert re.split("  +", line) == ["MPO", "0.10 ± 0.05", "0.20 ± 0.10", "0.40 ± 0.20", "0.60 ± 0.30*"]
+    golds = {row: [0.0, 10.0] for row in study.NOISE_ROWS}, {row: [0.0, 4.0] for row in study.NOISE_ROWS}
+    noise = {0.0: make_numbers(**golds[0] | {"MPO": [1.0, 13.0]}), 3.0: make_numbers(**golds[1])}
+    lines = [re.split("  +", line) for line in study.noise_table(noise).splitlines()]
+    assert ["SFT", "5.00 ± 5.00", "2.00 ± 2.00", "3.00 ± 3.00"] in lines
+    assert ["SFT", "+2.00 (-10.71 to +14.71)", "+0.00 (+0.00 to +0.00)"] in lines and len(lines) == 14
+    gold = torch.tensor([[0.0, 1.0, 2.0, 3.0, 2.0], [0.0, 0.0, 1.0, 1.0, 1.0]]).double()  # from step 4, 5, … 8 on
+    assert re.split("  +", study.ppo_table({"MPO": {"gold": gold}}, 2.0).splitlines()[1])[3:] == [
+        "1.50 ± 0.50", "2.00 ± 1.00", "1.50 ± 0.50", "0.71", "0.50", "6.0 (1 of 2 seeds)"]
 
 
 def test_accuracies_on_own_answers_by_the_plain_way_through_the_models(tmp_path, documents):

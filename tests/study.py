@@ -43,7 +43,7 @@ from reward import RewardModel, ranking_accuracy, score_pairs, wins
 WORLD, REWARD, SPLIT, START = "model.py --save sft.pt", "reward.py", "split.py", "dpo.py --steps 64"
 GRID = {"dpo.py": [(64, 0.1), (64, 0.3), (256, 0.1), (256, 0.3)],  # steps, β
         "ppo.py": [0.05, 0.1, 0.2, 0.3]}  # KL price
-BEST = {  # label temperature → tuned method → the choice of GRID that --tune found best
+BEST = {  # label temperature → tuned method → the choice of GRID that --tune found best (by which version: README)
     2.0: {"DPO on all": (256, 0.1), "DPO on easy": (64, 0.1), "PPO from SFT, all": 0.1, "MPO": 0.2,
           "MPO, random split": 0.1, "PPO from SFT, hard": 0.1, "PPO from DPO on all": 0.1,
           "RLP, labels by gold": 0.1, "MPO, labels by gold": 0.2,

@@ -51,7 +51,7 @@ def fake(tmp_path, monkeypatch):
     rows = ["SFT", "MPO's DPO alone", "MPO"]
     best = {temperature: {"MPO": 0.1, "MPO, random split": 0.1, **BEST[2.0]} for temperature in (2.0, 0.0, 3.0)}
     few = {"ROOT": tmp_path, "STUDY": {row: STUDY[row] for row in rows}, "NOISE_ROWS": rows, "BEST": best, "SHIFT": (),
-           "PPO_ROWS": rows[2:], "GOLD_ROWS": {rows[2]: rows[1]}, "shift_table": lambda runs: ""}
+           "PPO_ROWS": rows[2:], "RIVALS": {rows[2]: rows[1]}, "shift_table": lambda runs: ""}
     for name, value in few.items():
         monkeypatch.setattr(study, name, value)
     monkeypatch.chdir(tmp_path)
@@ -81,7 +81,7 @@ def expected(world: str = study.WORLD) -> list[str]:
 
 
 def test_commands_read_what_was_written_before_and_no_two_write_the_same_file(monkeypatch):
-    """DPO on all, PPO and MPO differ in steps and prices alone, and each row in nothing but its tuned settings."""
+    """DPO on all, PPO and MPO differ in steps and prices alone, and the others in their settings or DPO's steps."""
     best = {row: 0.7 if study.stage(row) == "ppo.py" else (128, 0.4) for row in BEST[2.0]} | {"DPO on all": (256, 0.2)}
     makers, budgets = {}, set()
     for commands in (methods(best) | study.related(best)).values():
@@ -101,7 +101,7 @@ def test_commands_read_what_was_written_before_and_no_two_write_the_same_file(mo
                 budgets.add((one.steps, one.kl_coefficient, one.batch_size, one.ppo_epochs, one.lr))
     assert len({saved_as(commands) for commands in STUDY.values()}) == len(STUDY)
     assert all(len(set(commands)) == len(commands) for commands in STUDY.values())  # else it would be counted twice
-    dpo = {(64, 0.1), (256, 0.2), (128, 0.4), (64, 0.4)}  # MPO's, on all, the others, each of two rounds
+    dpo = {(64, 0.1), (32, 0.1), (128, 0.1), (256, 0.2), (128, 0.4), (64, 0.4)}  # MPO's, two controls', others'
     assert budgets == {(*choice, 64, 5e-5) for choice in dpo} | {(32, 0.7, 128, 2, 3e-4)}
 
 

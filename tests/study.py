@@ -100,11 +100,10 @@ def methods(best: dict) -> dict[str, list[str]]:
                                 "--data pairs.pt --save ppo_dpo_all.pt"],
         "MPO's DPO alone": [*parts, START],
         "MPO": [*parts, START, f"{mpo} --save ppo.pt"],
-        # Controls of MPO. The first is tuned, the others take MPO's KL price.
+        # Controls of MPO. The first is tuned; the others with PPO take MPO's KL price, but for "PPO from SFT, any 3%".
         "MPO, random split": [*by_chance, f"{ppo(best['MPO, random split'])} --init dpo_random.pt "
                               "--data hard_random.pt --save ppo_random.pt"],
-        # Does the random split win because DPO goes less far on it than on easy pairs? With these numbers of steps DPO
-        # goes about as far on one half as with 64 on the other.
+        # Does the random split win because DPO goes less far on it than on easy pairs? So half and twice DPO's steps.
         "random split's DPO alone": by_chance,
         "MPO, 32 DPO steps": [*parts, "dpo.py --steps 32 --save dpo_32.pt",
                               f"{mpo} --init dpo_32.pt --save ppo_32.pt"],

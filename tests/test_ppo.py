@@ -104,8 +104,7 @@ def test_1_2_4_and_5_advantages_and_returns_equal_loops_over_real_tokens(rollout
         expected = [advantage + value for advantage, value in zip(raw[-length:], values, strict=True)]
         assert returns[row].tolist() == pytest.approx(expected + [0.0] * (12 - length), rel=1e-4, abs=1e-5)
     raw, real = torch.tensor(raw), torch.arange(12) < torch.tensor(LENGTHS)[:, None]
-    expected = (raw - raw.mean()) / raw.std(unbiased=False)
-    torch.testing.assert_close(advantages[real], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(advantages[real], (raw - raw.mean()) / raw.std(unbiased=False), rtol=1e-4, atol=1e-5)
     assert not advantages[~real].any() and torch.equal(rollout.scores, scores) and not whiten(torch.ones(2)).any()
     if gamma == lam == 1:
         first = scores - penalty * ~rollout.ended - 0.05 * log_ratios.sum(1)

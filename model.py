@@ -204,8 +204,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x · weightᵀ + bias: [L, K], [N, K], [N] → [L, N]. In fp32 on a CPU oneDNN computes it, which on AMD's processors
-    takes half the time of MKL, PyTorch's choice: PyTorch gives to oneDNN what is in its own layout of tensors."""
+    """x · weightᵀ + bias: [L, K], [N, K], [N] → [L, N]. In fp32 on a CPU oneDNN computes it: on some of AMD's
+    processors it takes half the time of MKL, PyTorch's choice. It gets those tensors that are in its own layout."""
     fp32_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if fp32_on_cpu and not torch.compiler.is_compiling() and torch.backends.mkldnn.is_available():
         return F.linear(x.to_mkldnn(), weight, bias).to_dense()

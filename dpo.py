@@ -117,7 +117,7 @@ def main() -> None:
 
     # 3. Train.
     options = settings.beta, settings.loss, settings.label_smoothing, settings.self_weight
-    for _, indices in training:
+    for indices in training:
         documents, logprobs = [pairs[index] for index in indices], torch.zeros(len(indices), 2, device=device)
         for batch in pack(documents, device, settings.pass_tokens):
             batch_logprobs = pair_logprobs(policy, batch, settings.loss == "ipo")

@@ -7,7 +7,7 @@ responses, against SFT's answers (plain, and as if both were equally long) and a
 standard error; brackets hold 95% intervals, Student's for means, Wilson's for shares. Real text has no gold reward, and
 PPO was trained on the reward model: there --judge asks a language model, in both orders, as judges favour a position.
 
-    python evaluate.py --policies sft.pt dpo_all.pt ppo_all.pt ppo.pt   # the default: sft.pt dpo.pt ppo.pt
+    python evaluate.py --policies sft.pt dpo_all.pt ppo_all.pt ppo.pt   # without them: sft.pt dpo.pt ppo.pt
     python evaluate.py --figure                                         # and a picture of the run
     python evaluate.py --prompt "How do I clean my old lamp?"           # every policy's answer to this
     python evaluate.py --prompt --policies dpo.pt                       # talk to one policy, till Ctrl-D
@@ -79,7 +79,7 @@ class Settings(CommonSettings):
 def answer(settings: Settings, pairs: Pairs, policy: GPT, sft: GPT, reward: RewardModel) -> tuple[list[str], dict]:
     """Lets `policy` answer the prompts of n pairs. Returns the texts, and what is measured of each answer as columns
     [n], by their names in evaluation.json; no gold reward is an empty column. UserError if a number is not finite."""
-    tokenizer, prompts = pairs.tokenizer, [pairs[index][0] for index in range(len(pairs))]
+    tokenizer, prompts = pairs.tokenizer, [prompt for prompt, _, _ in pairs]
     seed = mixed_seed(settings.seed, 500_000)  # far from the steps' numbers, so that no noise of training returns
     responses = generate(policy, prompts, tokenizer.end, settings.max_new_tokens, settings.temperature, seed)
     texts, gold = [tokenizer.decode(response) for response in responses], []
@@ -124,8 +124,8 @@ def summarise(columns: dict[str, Tensor]) -> dict[str, float | None]:
 def length_controlled(won: Tensor, longer: Tensor) -> Tensor:
     """AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475) without its term for how hard a prompt is: the win rate if
     all answers were as long as their opponents', σ(a) of the regression P(win) = σ(a + b tanh(longer / its deviation)).
-    won [n], a tie ½; longer [n], by how much, in any unit. Returns a column [n] with the rate as its mean: to it is
-    added, for its standard error, n times what each prompt moves it by. Empty where all differ alike: not known."""
+    won [n], a tie ½; longer [n], by how much, in any unit. Returns [n]: the rate + n times each prompt's influence on
+    it, a column whose mean is the rate, and its standard error the rate's. Empty where all differ alike: not known."""
     if not longer.any():  # nothing to control for
         return won
     deviation = longer.std() if len(longer) > 1 else 1.0  # of one value there is none
@@ -158,7 +158,7 @@ def table(summaries: dict[str, dict[str, float | None]], keys: list[str]) -> str
             numbers = [summary[f"{key}{end}"] for end in ("", "_se", "_low", "_high")]
             form = "–" if numbers[0] is None else FORMATS.get(key.partition("_vs_")[0], SHARE)
             text = form.format(*(math.nan if number is None else number for number in numbers))
-            rows[-1].append(re.sub(r"\+?nan", "–", text))
+            rows[-1].append(re.sub(r"\+?nan%?", "–", text))
     return aligned(rows)
 
 

@@ -205,10 +205,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias: [L, K], [N, K], [N] → [L, N]. In fp32 on a CPU oneDNN computes it: on some of AMD's
-    processors it takes half the time of MKL, PyTorch's choice. Tensors in oneDNN's own layout go to it."""
+    processors it takes half the time of MKL, PyTorch's choice. F.linear takes oneDNN where x is in its layout."""
     fp32_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if fp32_on_cpu and not torch.compiler.is_compiling() and torch.backends.mkldnn.is_available():  # not traceable
-        return F.linear(x.to_mkldnn(), weight, bias).to_dense()
+    if fp32_on_cpu and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling():
+        return F.linear(x.to_mkldnn(), weight, bias).to_dense()  # which torch.compile cannot trace
     return F.linear(x, weight, bias)
 
 
@@ -333,7 +333,7 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, compiled):
         body = compiled_function(logprob_tile) if compiled else logprob_tile
-        inputs, matrix = hidden.detach(), weight.detach().to(hidden.dtype)  # or torch.compile makes a second graph
+        inputs, matrix = hidden.detach(), weight.detach().to(hidden.dtype)  # with a gradient: another graph to compile
         running = hidden.new_zeros(4, len(hidden), dtype=torch.float32)  # target, top, total, weighted
         running[1] = torch.finfo(torch.float32).min
         for rows, words in tiles(hidden, matrix):
@@ -518,7 +518,8 @@ class Cache:
         shape = config.layers, len(prompts.last), config.kv_heads, width, config.head_dim  # no views: they compile anew
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         places = (prompts.document >= 0).nonzero()[:, 0]  # of the prompts' tokens in the row
-        self.new = places, prompts.document[places], prompts.positions[places]  # each one's place, sequence and column
+        # Where `extend` stores the next tokens: their places among its k and v, their sequences, their columns.
+        self.new = places, prompts.document[places], prompts.positions[places]
         self.decoding = False
 
     def step(self) -> list[tuple[slice, Tensor]]:
@@ -944,7 +945,7 @@ class Pairs:
 
     tokens: [total] int32, prompt + chosen + rejected of every pair end to end; lengths: [n, 3] of the three parts;
     rewards: [n, 2] of chosen and rejected by the reward model, once split.py has scored them; gold: [n, 2] likewise
-    by the toy world's gold reward, None for other data; form: that of most prompts.
+    by the toy world's gold reward, None for other data; form: that of most prompts (of joined files: the first's).
     """
 
     tokens: Tensor
@@ -967,7 +968,8 @@ class Pairs:
 
     def select(self, indices: Tensor) -> "Pairs":
         """The pairs at `indices`, in that order."""
-        tokens = torch.cat([self.tokens[:0], *(torch.cat(self[index]).int() for index in indices.tolist())])
+        pieces = (self.tokens[self.starts[index] : self.starts[index + 1]] for index in indices.tolist())
+        tokens = torch.cat([self.tokens[:0], *pieces])
         rewards, gold = (None if kept is None else kept[indices] for kept in (self.rewards, self.gold))
         return dataclasses.replace(self, tokens=tokens, lengths=self.lengths[indices], rewards=rewards, gold=gold)
 
@@ -1344,15 +1346,21 @@ def load(settings: CommonSettings, name: str, *kinds: str) -> dict:
 
 
 def require_new(settings: CommonSettings, *flags: str) -> None:
-    """Raises UserError if a flag names pairs.pt or test.pt, a file that was read, or what another flag names."""
+    """Raises UserError if a flag names pairs.pt or test.pt, a file that was read, or what another flag names, or if
+    there is a stopped run's state beside it, or a file in the place of its log that is none."""
     taken = {find_file(settings, name).resolve() for name in settings.loaded}
     taken |= {(Path(settings.out) / name).resolve() for name in ("pairs.pt", "test.pt")}
     for flag_name in flags:
         name = getattr(settings, flag_name)
-        path = (Path(settings.out) / name).resolve()
-        if path in taken:
+        path = Path(settings.out) / name
+        log, state = path.with_suffix(".jsonl"), path.with_suffix(".state.pt")
+        if path.resolve() in taken:
             raise UserError(f"--{flag_name} {name}: taken (by data, a file read, another flag); choose another name")
-        taken.add(path)
+        taken.add(path.resolve())
+        if log.is_file() and log.stat().st_size and not any("step" in record for record in read_log(log)):
+            raise UserError(f"{log}: not a log, which would be written here; choose another --{flag_name}, or --out")
+        if state.exists() and not getattr(settings, "resume", False):
+            raise UserError(f"{state}: a run was stopped, or still runs; use --resume, or delete this")
 
 
 def save_model(settings: CommonSettings, model: nn.Module, tokenizer: Tokenizer) -> None:
@@ -1570,8 +1578,8 @@ def processes() -> tuple[int, int]:
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """The sum of `tensor` over all processes, made in place. Each has other documents of a batch; with 0 in the places
-    of the others', this puts the results together again."""
+    """The sum of `tensor` over all processes, made in place, so to be asked for once. Each has other documents of a
+    batch; with 0 in the places of the others', this puts the results together again."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
@@ -1641,13 +1649,13 @@ class TrainingSettings(CommonSettings):
 
 
 def mixed_seed(seed: int, number: int) -> int:
-    """A seed for epoch or step `number` alone: whatever came before, --resume draws what the stopped run would."""
+    """A seed for `number`, such as an epoch's or step's: --resume draws what the stopped run would have drawn."""
     return (seed * 1_000_003 + number) % 2**63
 
 
 def count_steps(settings: TrainingSettings, examples: int) -> int:
     """Steps, a batch each: --steps, or as many as --epochs passes over the examples make."""
-    per_epoch = math.ceil(examples / settings.batch_size)
+    per_epoch = math.ceil(examples / settings.batch_size)  # rounded below, since 1.1 × 10 is 11.000000000000002
     return math.ceil(round(settings.epochs * per_epoch, 6)) if settings.steps is None else settings.steps
 
 
@@ -1662,14 +1670,14 @@ def read_log(path: Path) -> list[dict]:
     """The records of a log, one a line; none without a log. Half a line, as a power cut leaves it, does not count."""
     records = []
     for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
+        with contextlib.suppress(ValueError, TypeError):
+            records.append({} | json.loads(line))
     return records
 
 
 class Training:
-    """A training loop's bookkeeping: `for step, indices in training` gives the steps still to do and the examples of
-    each step's batch. It owns the optimiser of `model` (AdamW with ε = `eps`), the learning rate, the log (an object a
+    """A training loop's bookkeeping: `for indices in training` gives the examples of each batch still to do, number
+    `step` of `steps`. It owns the optimiser of `model` (AdamW with ε = `eps`), the learning rate, the log (an object a
     step, OUT/<save>.jsonl), the bar with the metrics `shown`, the state for --resume, and what Ctrl-C does."""
 
     def __init__(self, settings: TrainingSettings, examples: int, model: nn.Module, shown: tuple[str, ...], eps=1e-8):
@@ -1679,22 +1687,17 @@ class Training:
         path = Path(settings.out) / settings.save
         self.log_path, self.state_path = path.with_suffix(".jsonl"), path.with_suffix(".state.pt")
         require_new(settings, "save")
-        log = read_log(self.log_path)
-        if log and "step" not in log[0]:
-            raise UserError(f"{self.log_path}: not a log, which would be written here; choose another --save, or --out")
         free = "out", "resume", "save_every", "pass_tokens", "grad_checkpoint"  # with --resume these may differ
         flags = [one.name for one in dataclasses.fields(settings) if one.name not in free]
         self.made_from = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in flags}
         self.made_from |= settings.loaded | {"the data": settings.origin and settings.origin[0]}  # named after flags
-        if self.state_path.exists() and not settings.resume:
-            raise UserError(f"{self.state_path}: a run was stopped, or still runs; use --resume, or delete this")
         if settings.resume and not self.state_path.exists():
             raise UserError(f"{self.state_path}: no such file, so nothing to --resume")
         if settings.resume:
             self.load_state()
         if processes()[0] == 0:
             self.lock_log()
-        self.write_log(log[: self.step], "w")
+        self.write_log([record for record in read_log(self.log_path) if record["step"] < self.step], "w")
 
     def lock_log(self) -> None:
         """Locks the log until this process ends, so that no second run writes the same files."""
@@ -1709,7 +1712,7 @@ class Training:
             pass  # a file system without locks
 
     def write_log(self, records: list[dict], mode: str = "a") -> None:
-        """Appends records to the log, a line each. By its name, not where it was opened: a folder may vanish."""
+        """Appends records to the log, a line each. Opened anew, by its name: its folder may have been deleted since."""
         if processes()[0] == 0:
             with reading(self.log_path, "cannot be written"), self.log_path.open(mode) as file:
                 file.writelines(json.dumps(record) + "\n" for record in records)
@@ -1732,7 +1735,7 @@ class Training:
                                optim_state_dict=state["optimizer"], options=UNSHARDED)
             self.step = state["step"]
 
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+    def __iter__(self) -> Iterator[list[int]]:
         settings, every, stop = self.settings, self.settings.save_every, False
         handlers = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -1740,7 +1743,7 @@ class Training:
                 while self.step < self.steps and not stop:
                     self.began = time.perf_counter()
                     self.indices = batch_indices(self.examples, settings.batch_size, self.step, settings.seed)
-                    yield self.step, self.indices
+                    yield self.indices
                     self.step += 1
                     self.bar.update()
                     stop = bool(summed(torch.tensor(float(self.stopping))))  # all processes stop at the same step
@@ -1760,7 +1763,8 @@ class Training:
     def ask_to_stop(self, number, frame) -> None:
         """First Ctrl-C: stop after this step. Second: at once."""
         self.stopping = True
-        signal.signal(number, signal.default_int_handler)
+        for one in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(one, signal.default_int_handler)
 
     @property
     def lr(self) -> float:
@@ -1839,7 +1843,7 @@ class Settings(TrainingSettings):
         ready = self.data.endswith(".pt")
         if (self.extrapolate or ready) and (self.save == "sft.pt" or not str(self.init).endswith(".pt")):
             raise UserError("--extrapolate, or a pairs file as --data, needs a checkpoint as --init and a new --save")
-        for idle, why, names in (  # where it is so, these flags have no effect; giving one is a mistake
+        for idle, why, names in (  # where it is so, these flags have no effect, and must keep their defaults
             (self.data != "toy", "only the toy world draws its labels", "label_temperature"),
             (not self.extrapolate, "it is --extrapolate's, which is not given", "alpha"),
             (ready, f"the form of --data {self.data} is given", "limit test_share control_tokens context max_response"),
@@ -1908,7 +1912,7 @@ def main() -> None:
     if not ready:
         pairs.save(settings, "pairs.pt")  # not before --resume was found to fit
         test.save(settings, "test.pt")
-    for _, indices in training:
+    for indices in training:
         documents = [pairs[index][:2] for index in indices]  # prompt and chosen response
         loss = torch.zeros((), device=device)
         for batch in pack(documents, device, settings.pass_tokens):
@@ -1924,7 +1928,7 @@ def main() -> None:
 
     # 4. How well it predicts held-back responses.
     if test:
-        documents = [test[index][:2] for index in range(len(test))]
+        documents = [pair[:2] for pair in test]
         with torch.no_grad():
             total = sum(policy.logprobs(batch)[0].sum() for batch in pack(documents, device, settings.pass_tokens))
         loss = -summed(total).item() / test.lengths[:, 1].sum().item()

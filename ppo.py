@@ -188,12 +188,11 @@ def update(
         value_losses = value_loss(values, rollout.values[at], returns[at], settings.clip_value)
         losses = policy_losses + settings.value_coefficient * value_losses
         (losses.sum() / tokens).backward()
-        with torch.no_grad():
-            log_ratio = logprobs - old_logprobs
-            ratio = log_ratio.exp()
-            sums = {"loss": losses, "policy_loss": policy_losses, "value_loss": value_losses, "entropy": entropies,
-                    "ratio": ratio, "approx_kl": ratio - 1 - log_ratio,
-                    "clip_fraction": ((ratio - 1).abs() > settings.clip_ratio).float()}
+        log_ratio = (logprobs - old_logprobs).detach()
+        ratio = log_ratio.exp()
+        sums = {"loss": losses, "policy_loss": policy_losses, "value_loss": value_losses, "entropy": entropies,
+                "ratio": ratio, "approx_kl": ratio - 1 - log_ratio,
+                "clip_fraction": ((ratio - 1).abs() > settings.clip_ratio).float()}
         for name, value in sums.items():
             totals[name] = totals.get(name, 0) + value.detach().sum() / tokens
     return {name: summed(total) for name, total in totals.items()}
@@ -222,14 +221,14 @@ def main() -> None:
     reward, _ = load_model(settings, settings.reward, RewardModel)
     critic, _ = load_model(settings, settings.reward, RewardModel)
     settle(settings, policy.config.pretrained)
-    require_room(policy.config, (pairs[index][0] for index in range(len(pairs))), settings.max_new_tokens)
+    require_room(policy.config, (prompt for prompt, _, _ in pairs), settings.max_new_tokens)
 
     # 2. One optimiser for policy and critic: they share no weights, only the clipped gradient norm.
     both = nn.ModuleDict({"policy": policy, "critic": critic})
     training = Training(settings, len(pairs), both, ("score", "kl", "length", "ended"), eps=1e-5)
-    for step, indices in training:
+    for indices in training:
         # 3. Sample and score one batch of answers. Several passes will go over it, each shuffled and cut anew.
-        prompts, seed = [pairs[index][0] for index in indices], mixed_seed(settings.seed, step)
+        prompts, seed = [pairs[index][0] for index in indices], mixed_seed(settings.seed, training.step)
         shuffle = torch.Generator().manual_seed(seed)
         cuts = math.ceil(len(prompts) / settings.minibatch_size)  # of like size: each takes a whole step
         passes = [

@@ -126,7 +126,7 @@ def main() -> None:
 
     # 2. Bradley-Terry loss; chosen and rejected lie side by side behind one shared prompt.
     training = Training(settings, len(pairs), model, ("loss", "accuracy"))
-    for _, indices in training:
+    for indices in training:
         documents = [pairs[index] for index in indices]
         loss, accuracy = torch.zeros(2, device=device)
         for batch in pack(documents, device, settings.pass_tokens):
@@ -134,7 +134,7 @@ def main() -> None:
             batch_loss = bradley_terry_loss(chosen_rewards, rejected_rewards).sum() / len(documents)
             batch_loss.backward()
             loss += batch_loss.detach()
-            accuracy += (chosen_rewards > rejected_rewards).sum() / len(documents)
+            accuracy += wins(chosen_rewards, rejected_rewards).sum() / len(documents)
         metrics = {"grad_norm": training.optimize(), "loss": summed(loss), "accuracy": summed(accuracy)}
         training.log("pairs", int(pairs.lengths[indices].sum()), **metrics)
 

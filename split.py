@@ -75,27 +75,25 @@ def easy_mask(gaps: Tensor, fraction: float, threshold: float | None) -> tuple[T
     return gaps >= threshold, threshold
 
 
-def answer_prompts(settings: Settings, pairs: Pairs) -> list[tuple[Tensor, ...]]:
-    """For each pair a document of 1 + K branches: its prompt, its chosen response, and --policy's K answers."""
-    policy, tokenizer = load_model(settings, settings.policy, GPT)
-    require_new(settings, "easy", "hard")  # again, now that the policy is among the files read
-    settle(settings, policy.config.pretrained)
+def answer_prompts(settings: Settings, pairs: Pairs, policy: GPT) -> list[tuple[Tensor, ...]]:
+    """For each pair a document of 1 + K branches: its prompt, its chosen response, and the policy's K answers."""
     prompts = [prompt for prompt, _, _ in pairs]
-    branches = [[chosen for _, chosen, _ in pairs]]  # lists of n responses
+    branches, end = [[chosen for _, chosen, _ in pairs]], pairs.tokenizer.end  # lists of n responses
     for number in tqdm(range(settings.answers), desc="answering", leave=False):
         seed = mixed_seed(settings.seed, 600_000 + number)  # far from the numbers of training steps and of evaluate.py
-        branches.append(generate(policy, prompts, tokenizer.end, settings.max_new_tokens, settings.temperature, seed))
+        branches.append(generate(policy, prompts, end, settings.max_new_tokens, settings.temperature, seed))
     return list(zip(prompts, *branches, strict=True))
 
 
-def own_answers(settings: Settings, pairs: Pairs, model: RewardModel, device: torch.device) -> Pairs:
-    """Scored pairs of --policy's own answers, whose costs go to OUT/<easy>.jsonl. UserError if no prompt's answers make
+def own_answers(settings: Settings, pairs: Pairs, policy: GPT, model: RewardModel, device: torch.device) -> Pairs:
+    """Scored pairs of a policy's own answers, whose costs go to OUT/<easy>.jsonl. UserError if no prompt's answers make
     a pair by the rules for all pairs. Expert iteration (Havrilla et al. 2024, arXiv 2403.04642) trains on the best; RLP
     (Lang et al. 2024, arXiv 2403.19279, equation 1, λ = 0) adds the pairs to the reward model's."""
-    documents = answer_prompts(settings, pairs)
+    documents = answer_prompts(settings, pairs, policy)
     decode, end = pairs.tokenizer.decode, pairs.tokenizer.end
     parts, known = [], []  # of each pair: prompt, chosen and rejected; [rewards of both sides, gold rewards of both]
-    ordered, generated, finished = [], 0, 0  # rewards of two ended answers, gold's better one first; tokens; the ended
+    ordered = []  # [reward of the better, of the worse by gold] of any two answers that ended
+    generated, finished = 0, 0  # tokens; answers that ended
     for (prompt, *branches), rewards in zip(documents, score_pairs(model, documents, device).tolist(), strict=True):
         asked, *texts = (decode(part) for part in (prompt, *branches))
         golds = [0.0 if pairs.gold is None else gold_reward(asked, text) for text in texts]
@@ -161,11 +159,13 @@ def main() -> None:
     model, _ = load_model(settings, settings.init, RewardModel)
     if settings.chosen == "gold" and pairs.gold is None:
         raise UserError(f"--chosen gold: {settings.data} has no gold rewards; only the toy world knows them")
+    policy = load_model(settings, settings.policy, GPT)[0] if settings.policy else None
     require_new(settings, "easy", "hard")
 
     # 2. Score, and split by the gap.
-    if settings.policy:
-        pairs = own_answers(settings, pairs, model, device)
+    if policy:
+        settle(settings, policy.config.pretrained)
+        pairs = own_answers(settings, pairs, policy, model, device)
     else:
         pairs.rewards = score_pairs(model, pairs, device)
     gaps = reward_gaps(pairs.rewards, settings.gap)

@@ -226,7 +226,7 @@ RIVALS = {"MPO, labels by gold": "RLP, labels by gold", "MPO, SFT answers by gol
 NOISE_ROWS = ["SFT", "DPO on all", "DPO on easy", "PPO from SFT, all", "MPO", "MPO, random split"]
 SHIFTED = {"SFT": "sft", "DPO on all": "dpo_all", "DPO on easy": "dpo_easy", "PPO from SFT": "ppo_all", "MPO": "ppo"}
 IMPLICIT = {row: SHIFTED[row] for row in ("DPO on all", "DPO on easy")}
-SHIFT = [own(name, f"shift_{name}", "--data test.pt --answers 2 --chosen gold") for name in SHIFTED.values()]
+SHIFT = tuple(own(name, f"shift_{name}", "--data test.pt --answers 2 --chosen gold") for name in SHIFTED.values())
 SPREAD, ROUGH = "{:.2f} ± {:.2f}", "{:.1f} ± {:.1f}"  # mean and standard error
 LEAD, WON = "{0:+.2f} ± {1:.2f} ({2:+.2f} to {3:+.2f})", "{4:.0%} ({6:.0%} to {7:.0%})"  # of summarise's numbers
 COLUMNS = {"gold reward": ("gold_reward", SPREAD), "reward": ("reward", SPREAD),
@@ -366,11 +366,11 @@ def noise_table(noise: dict[float, Numbers]) -> str:
     interval), both paired by seed."""
     names = [f"{temperature:g}" for temperature in noise]
     rows, leads = [["label temperature", *names, f"{names[0]} less {names[-1]}"]], [["MPO against", *names]]
+    mpo = [numbers["MPO"]["gold_reward"] for numbers in noise.values()]
     for row in NOISE_ROWS:
         golds = [numbers[row]["gold_reward"] for numbers in noise.values()]  # of each temperature: [seeds]
         rows.append([row, *(SPREAD.format(*mean_and_error(gold)) for gold in (*golds, golds[0] - golds[-1]))])
         if row != "MPO":
-            mpo = [numbers["MPO"]["gold_reward"] for numbers in noise.values()]
             found = [summarise({"lead": ours - theirs}).values() for ours, theirs in zip(mpo, golds, strict=True)]
             leads.append([row, *("{0:+.2f} ({2:+.2f} to {3:+.2f})".format(*numbers) for numbers in found)])
     return f"{aligned(rows)}\n\n{aligned(leads)}"
@@ -428,8 +428,8 @@ def said_again(text: str) -> int:
 def measure_shift(run: Run, data: str) -> dict[str, float]:
     """How often the reward model, and the implicit reward log π − log π_SFT of either DPO policy, order two responses
     as gold does: of those pairs of a file whose gold rewards are 0.5 to 1 apart, so that no file's are far easier.
-    Of all its pairs that differ in gold (own answers that do not make none), "gold gap" is the mean difference, and
-    "said again" the mean count of repetitions in a response."""
+    Of all its pairs that differ in gold (own answers of equal gold make no pair), "gold gap" is the mean difference,
+    and "said again" the mean count of repetitions in a response."""
     settings, device = DPOSettings(out=str(run.folder), device="cpu"), torch.device("cpu")
     pairs = load_pairs(settings, data)
     pairs = pairs.select((pairs.gold[:, 0] != pairs.gold[:, 1]).nonzero()[:, 0])
@@ -519,13 +519,14 @@ def plan(settings: Settings) -> dict[float, list[Run]]:
     """Label temperature → a folder for each of its seeds."""
     runs, folder = {}, Path(settings.out).resolve()
     for temperature in BEST:
-        at_home = temperature == TOY_TEMPERATURE
+        best, at_home = BEST[temperature], temperature == TOY_TEMPERATURE
+        known = methods(best)
         if settings.tune:
-            known = methods(BEST[temperature]) if not settings.related else BEST[temperature]
-            rows = tuning({row: choice for row, choice in BEST[temperature].items() if row in known})
+            rows = tuning({row: choice for row, choice in best.items() if settings.related or row in known})
+        elif at_home:
+            rows = STUDY if settings.related else known
         else:
-            known = methods(BEST[temperature])
-            rows = (STUDY if settings.related else known) if at_home else {row: known[row] for row in NOISE_ROWS}
+            rows = {row: known[row] for row in NOISE_ROWS}
         place = folder if at_home else folder / f"temperature{temperature:g}"
         world = WORLD if at_home else f"{WORLD} --label-temperature {temperature:g}"
         seeds = range(settings.seed, settings.seed + (settings.seeds if at_home else settings.noise_seeds))

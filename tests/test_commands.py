@@ -280,8 +280,7 @@ def test_a_second_run_at_the_same_time_is_refused_and_resume_on_a_file_made_anew
 
 @pytest.mark.parametrize("command, prints, call, names", [
     ("model", "model.pack", 7, ["sft.pt"]), ("reward", "reward.report", 1, ["reward.pt"]),  # pack: after six steps
-    ("split", "split.histogram", 1, ["easy.pt", "hard.pt"]),
-])
+    ("split", "split.histogram", 1, ["easy.pt", "hard.pt"])])
 def test_results_are_saved_before_they_are_printed(out, toy, command, prints, call, names):
     for name in names:
         (out / name).unlink()
@@ -295,8 +294,7 @@ def test_results_are_saved_before_they_are_printed(out, toy, command, prints, ca
     (lambda: torch.empty(2**60, device="cpu"), "out of memory; lower --pass-tokens"),
     (lambda: bytearray(2**60), "out of memory"), (Mock(side_effect=model.UserError("A: out of memory")), "A: out of"),
     (Mock(side_effect=RuntimeError("CUDA error: out of memory")), "out of memory"),
-    (Mock(side_effect=RuntimeError("No working C++ compiler found in x")), "no C++ compiler; install one"),
-])
+    (Mock(side_effect=RuntimeError("No working C++ compiler found in x")), "no C++ compiler; install one")])
 def test_what_the_machine_lacks_is_said_in_one_line(out, action, remedy):
     for place in ("model.Config", "dpo.pack"):  # while a file is read, and in training
         assert remedy in complaint(run("dpo", out, hooks=[(place, 1, action)]))
@@ -309,7 +307,7 @@ def test_what_the_machine_lacks_is_said_in_one_line(out, action, remedy):
     ("ppo", "ppo.load_pairs", 1), ("dpo", "model.Training.log", 2)])
 def test_ctrl_c_before_training_and_a_second_one_stop_at_once(out, command, name, times):
     before = contents(out)
-    result = run(command, out, hooks=[(name, 1, CTRL_C)] * times)
+    result = run(command, out, hooks=[(name, 1, stop) for stop in (TERM, CTRL_C)[-times:]])
     assert result.code == 130 and result.err.endswith("stopped\n") and "Traceback" not in result.err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert contents(out) | {"dpo.jsonl": b""} == before | {"dpo.jsonl": b""}
@@ -382,11 +380,14 @@ def test_what_finds_no_room_is_named_and_nothing_is_lost(out, toy, command, name
 
 
 def test_a_users_file_is_not_written_over_and_a_folder_that_is_a_file_or_vanishes_is_named_or_made_anew(out, toy):
-    (out / "mine.jsonl").write_text(json.dumps({"chosen": "a", "rejected": "b"}))
-    assert "mine.jsonl: not a log" in refusal("dpo", out, "--save", "mine.pt")
-    (out / "mine.jsonl").unlink()
-    (out / "mine.jsonl").mkdir()
-    assert f"{out}/mine.jsonl" in refusal("dpo", out, "--save", "mine.pt")
+    for text in (json.dumps({"chosen": "a", "rejected": "b"}), "5", "a diary"):
+        (out / "mine.jsonl").write_text(text)
+        assert "mine.jsonl: not a log" in refusal("dpo", out, "--save", "mine.pt")
+        assert "choose another --easy" in refusal("split", out, "--easy", "mine.pt")
+    (out / "own.state.pt").touch()
+    assert "own.state.pt: a run was stopped" in refusal("split", out, "--easy", "own.pt")
+    (out / "other.jsonl").mkdir()
+    assert f"{out}/other.jsonl" in refusal("dpo", out, "--save", "other.pt")
     Path("blocked").write_text("I am a file")
     for command in CHAIN:
         files = [word for name, flag, file in READS if name == command for word in (flag, out / file)]

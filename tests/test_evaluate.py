@@ -260,8 +260,7 @@ def test_a_request_holds_the_question_and_the_key_goes_to_the_server_alone(endpo
     ("408 Late\n\n", "408", 2), ("599 Late\n\n", "599", 2), (0.0, "ConnectionError", 2), (0.6, "timed out", 2),
     ("400 Bad Request\n\ntoo long", "400 Bad Request: too long", 1), ("401 Unauthorized\n\n", "401 Unauthorized", 1),
     ("200 OK\n\n<html>", "JSONDecodeError", 1), ("200 OK\n\n[1]", "TypeError", 1),
-    ('200 OK\n\n{"choices": []}', "Index", 1),
-])
+    ('200 OK\n\n{"choices": []}', "Index", 1)])
 def test_what_may_pass_is_asked_again_but_not_for_ever_a_refusal_never(endpoint, monkeypatch, failure, said, attempts):
     """It says what the server said. When it fails twice, the third attempt is fine."""
     monkeypatch.setattr(evaluate, "JUDGE_TIMEOUT", 0.15 if said == "timed out" else 5.0)

@@ -43,21 +43,21 @@ from reward import RewardModel, ranking_accuracy, score_pairs, wins
 WORLD, REWARD, SPLIT, START = "model.py --save sft.pt", "reward.py", "split.py", "dpo.py --steps 64"
 GRID = {"dpo.py": [(64, 0.1), (64, 0.3), (256, 0.1), (256, 0.3)],  # steps, β
         "ppo.py": [0.05, 0.1, 0.2, 0.3]}  # KL price
-BEST = {  # label temperature → tuned method → the choice of GRID that --tune found best (by which version: README)
-    2.0: {"DPO on all": (256, 0.1), "DPO on easy": (64, 0.1), "PPO from SFT, all": 0.1, "MPO": 0.2,
+BEST = {  # label temperature → tuned method → the choice of GRID that --tune found best
+    2.0: {"DPO on all": (256, 0.1), "DPO on easy": (64, 0.3), "PPO from SFT, all": 0.1, "MPO": 0.2,
           "MPO, random split": 0.1, "PPO from SFT, hard": 0.1, "PPO from DPO on all": 0.1,
           "RLP, labels by gold": 0.1, "MPO, labels by gold": 0.2,
-          "PPO, SFT answers by gold": 0.1, "MPO, SFT answers by gold": 0.2,
-          "DPO on own answers": (256, 0.3), "DPO on own answers, 2 rounds": (64, 0.3), "SAIL-DP": (256, 0.3),
-          "IRFT, 2 rounds": (64, 0.3), "SPIN, 2 rounds": (64, 0.3), "RFT": 0.2, "AIHF": 0.05, "RLP": 0.3,
+          "PPO, SFT answers by gold": 0.3, "MPO, SFT answers by gold": 0.2,
+          "DPO on own answers": (64, 0.3), "DPO on own answers, 2 rounds": (64, 0.3), "SAIL-DP": (256, 0.3),
+          "IRFT, 2 rounds": (64, 0.3), "SPIN, 2 rounds": (64, 0.3), "RFT": 0.3, "AIHF": 0.05, "RLP": 0.3,
           "PM-RLHF": 0.1, "MPO, DPO on own answers as PPO": (64, 0.3)},
-    0.0: {"DPO on all": (256, 0.3), "DPO on easy": (64, 0.3), "PPO from SFT, all": 0.3, "MPO": 0.2,
+    0.0: {"DPO on all": (256, 0.3), "DPO on easy": (64, 0.3), "PPO from SFT, all": 0.3, "MPO": 0.3,
           "MPO, random split": 0.3},
-    1.0: {"DPO on all": (256, 0.3), "DPO on easy": (64, 0.1), "PPO from SFT, all": 0.1, "MPO": 0.3,
+    1.0: {"DPO on all": (256, 0.3), "DPO on easy": (64, 0.1), "PPO from SFT, all": 0.2, "MPO": 0.3,
           "MPO, random split": 0.3},
-    1.5: {"DPO on all": (256, 0.3), "DPO on easy": (64, 0.3), "PPO from SFT, all": 0.1, "MPO": 0.2,
-          "MPO, random split": 0.2},
-    3.0: {"DPO on all": (256, 0.1), "DPO on easy": (64, 0.3), "PPO from SFT, all": 0.05, "MPO": 0.1,
+    1.5: {"DPO on all": (256, 0.3), "DPO on easy": (64, 0.1), "PPO from SFT, all": 0.1, "MPO": 0.2,
+          "MPO, random split": 0.3},
+    3.0: {"DPO on all": (256, 0.1), "DPO on easy": (64, 0.3), "PPO from SFT, all": 0.1, "MPO": 0.2,
           "MPO, random split": 0.1},
 }
 

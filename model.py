@@ -207,8 +207,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias: [L, K], [N, K], [N] → [L, N]. In fp32 on a CPU oneDNN computes it: on some of AMD's
     processors it takes half the time of MKL, PyTorch's choice. F.linear takes oneDNN where x is in its layout."""
     fp32_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if fp32_on_cpu and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling():
-        return F.linear(x.to_mkldnn(), weight, bias).to_dense()  # which torch.compile cannot trace
+    if fp32_on_cpu and not torch.compiler.is_compiling() and torch.backends.mkldnn.is_available():  # not traceable
+        return F.linear(x.to_mkldnn(), weight, bias).to_dense()
     return F.linear(x, weight, bias)
 
 

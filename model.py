@@ -333,7 +333,7 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, compiled):
         body = compiled_function(logprob_tile) if compiled else logprob_tile
-        inputs, matrix = hidden.detach(), weight.detach().to(hidden.dtype)  # with a gradient: another graph to compile
+        inputs, matrix = hidden.detach(), weight.detach().to(hidden.dtype)  # else a second graph is compiled, for gradients
         running = hidden.new_zeros(4, len(hidden), dtype=torch.float32)  # target, top, total, weighted
         running[1] = torch.finfo(torch.float32).min
         for rows, words in tiles(hidden, matrix):
@@ -1578,8 +1578,8 @@ def processes() -> tuple[int, int]:
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """The sum of `tensor` over all processes, made in place, so to be asked for once. Each has other documents of a
-    batch; with 0 in the places of the others', this puts the results together again."""
+    """The sum of `tensor` over all processes, made in place: a second call would add up the sums. Each has other
+    documents of a batch; with 0 in the places of the others', this puts the results together again."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor

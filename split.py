@@ -92,7 +92,7 @@ def own_answers(settings: Settings, pairs: Pairs, policy: GPT, model: RewardMode
     documents = answer_prompts(settings, pairs, policy)
     decode, end = pairs.tokenizer.decode, pairs.tokenizer.end
     parts, known = [], []  # of each pair: prompt, chosen and rejected; [rewards of both sides, gold rewards of both]
-    ordered = []  # [reward of the better, of the worse by gold] of any two answers that ended
+    ordered = []  # rewards of any two answers that ended, of the one better by gold first
     generated, finished = 0, 0  # tokens; answers that ended
     for (prompt, *branches), rewards in zip(documents, score_pairs(model, documents, device).tolist(), strict=True):
         asked, *texts = (decode(part) for part in (prompt, *branches))

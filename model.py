@@ -333,7 +333,7 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, compiled):
         body = compiled_function(logprob_tile) if compiled else logprob_tile
-        inputs, matrix = hidden.detach(), weight.detach().to(hidden.dtype)  # else a second graph, with gradients, compiles
+        inputs, matrix = hidden.detach(), weight.detach().to(hidden.dtype)  # else gradients compile a second graph
         running = hidden.new_zeros(4, len(hidden), dtype=torch.float32)  # target, top, total, weighted
         running[1] = torch.finfo(torch.float32).min
         for rows, words in tiles(hidden, matrix):

@@ -309,7 +309,7 @@ def draw(settings: Settings, parts: list[Pairs], test_rewards: Tensor, summaries
         spread = [[abs(end - observed)] for end in wilson_interval(observed, count)]
         calibrated.errorbar(predicted, observed, spread, fmt="o", color="tab:blue", capsize=3)
     calibrated.plot([0.5, 1], [0.5, 1], color="grey", linestyle="--", label="as predicted")
-    calibrated.set(xlabel="predicted: σ(gap) of the side ranked first", ylabel="share where it is the chosen one")
+    calibrated.set(xlabel="predicted: σ(gap) of the side ranked first", ylabel="chosen share, 95% intervals")
     for name, row in summaries.items():
         frontier.errorbar(row["kl"], row[measure], row[f"{measure}_se"], row["kl_se"], fmt="o", capsize=2)
         frontier.annotate(TITLES.get(name, name), (row["kl"], row[measure]), (6, 6), textcoords="offset points")
@@ -318,7 +318,7 @@ def draw(settings: Settings, parts: list[Pairs], test_rewards: Tensor, summaries
             if log and key in log[0]:
                 course.plot([step[key] for step in log], label=f"{TITLES.get(name, name)}: {key.replace('_', ' ')}")
     frontier.margins(0.12)  # room for the labels
-    frontier.set(xlabel="KL from SFT, nats an answer", ylabel=measure.replace("_", " "))
+    frontier.set(xlabel="KL from SFT, nats an answer", ylabel=f"{measure.replace('_', ' ')}, ± standard error")
     course.set(xlabel="PPO step", ylabel="reward of the answers", visible=bool(course.lines))
     for panel in (gaps, calibrated, course):
         panel.legend(handles=panel.get_legend_handles_labels()[0], frameon=False)

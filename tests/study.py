@@ -361,11 +361,19 @@ def lead_table(golds: dict[str, torch.Tensor], ahead: str = "MPO") -> str:
     return aligned(rows)
 
 
-def noise_table(noise: dict[float, Numbers]) -> str:
-    """Gold reward by policy and label temperature; what the highest temperature costs; and how far MPO is ahead (95%
-    interval), both paired by seed."""
+def wrong_labels(runs: list[Run]) -> float:
+    """Share of labels that gold contradicts, of those on training pairs that differ in gold, over all the runs."""
+    pairs = [load_pairs(DPOSettings(out=str(run.folder)), "pairs.pt") for run in runs]
+    gaps = torch.cat([part.gold[:, 0] - part.gold[:, 1] for part in pairs])
+    return ((gaps < 0).sum() / (gaps != 0).sum()).item()
+
+
+def noise_table(noise: dict[float, Numbers], wrong: list[float]) -> str:
+    """Gold reward by policy and label temperature, of which `wrong` has the share of wrong labels; what the highest
+    temperature costs; and how far MPO is ahead (95% interval), both paired by seed."""
     names = [f"{temperature:g}" for temperature in noise]
     rows, leads = [["label temperature", *names, f"{names[0]} less {names[-1]}"]], [["MPO against", *names]]
+    rows.append(["wrong labels", *(f"{share:.0%}" for share in wrong), ""])
     mpo = [numbers["MPO"]["gold_reward"] for numbers in noise.values()]
     for row in NOISE_ROWS:
         golds = [numbers[row]["gold_reward"] for numbers in noise.values()]  # of each temperature: [seeds]
@@ -374,6 +382,11 @@ def noise_table(noise: dict[float, Numbers]) -> str:
             found = [summarise({"lead": ours - theirs}).values() for ours, theirs in zip(mpo, golds, strict=True)]
             leads.append([row, *("{0:+.2f} ({2:+.2f} to {3:+.2f})".format(*numbers) for numbers in found)])
     return f"{aligned(rows)}\n\n{aligned(leads)}"
+
+
+def five_places(count: int) -> list[int]:
+    """Five of so many places in a row, the first and the last among them."""
+    return torch.linspace(0, count - 1, 5).round().long().tolist()
 
 
 def ppo_curves(runs: list[Run], row: str) -> dict[str, torch.Tensor]:
@@ -389,7 +402,7 @@ def ppo_curves(runs: list[Run], row: str) -> dict[str, torch.Tensor]:
 def ppo_table(curves: Numbers, level: float) -> str:
     """Those rewards on the way; the last one's standard deviation over runs; how far it is below the best of its own
     run; and the step at which gold first is at `level`, mean of the runs that get there. curves: row → ppo_curves."""
-    places = torch.linspace(0, curves["MPO"]["gold"].shape[1] - 1, 5).round().long().tolist()
+    places = five_places(curves["MPO"]["gold"].shape[1])
     rows = [["", *(f"steps {place + 1}–{place + 4}" for place in places), "deviation", "fall from best",
              f"steps to gold {level:.2f}"]]
     for row, known in curves.items():
@@ -479,7 +492,8 @@ def draw_lines(axis, lines: dict[str, torch.Tensor], places: list, label: str) -
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def draw_study(folder: Path, golds: dict[str, torch.Tensor], curves: Numbers, noise: dict[float, Numbers]) -> None:
+def draw_study(folder: Path, golds: dict[str, torch.Tensor], curves: Numbers, noise: dict[float, Numbers],
+               wrong: list[float]) -> None:
     """study.png: gold reward by policy, a dot a seed; while PPO trains; and by label temperature."""
     from matplotlib import pyplot
 
@@ -493,17 +507,18 @@ def draw_study(folder: Path, golds: dict[str, torch.Tensor], curves: Numbers, no
         axes[0].scatter(golds[row].mean(), place, size, color=colour, zorder=3)
     axes[0].set(yticks=range(len(rows)), yticklabels=rows, xlabel="gold reward (small: each seed; large: their mean)")
     axes[0].spines[["top", "right"]].set_visible(False)
-    steps = [4, 8, 16, 24, 32]  # the means over the 4 steps that end there, of the rows that have a colour
-    drawn = {row: curves[row]["gold"][:, [step - 4 for step in steps]] for row in PPO_ROWS if row in COLOURS}
-    draw_lines(axes[1], drawn, steps, "PPO step")
-    axes[1].set_ylabel("gold reward of PPO's own answers, last 4 steps")
+    places = five_places(curves["MPO"]["gold"].shape[1])  # ppo_table's, of the rows that have a colour
+    drawn = {row: curves[row]["gold"][:, places] for row in PPO_ROWS if row in COLOURS}
+    draw_lines(axes[1], drawn, [place + 4 for place in places], "PPO step, the last of the 4 averaged")
+    axes[1].set_ylabel("gold reward of PPO's answers to training prompts")
     if len(noise) > 1:
         lines = {row: torch.stack([one[row]["gold_reward"] for one in noise.values()], 1) for row in NOISE_ROWS[1:]}
-        draw_lines(axes[2], lines, list(noise), "label temperature (0: no label is wrong)")
+        draw_lines(axes[2], lines, list(noise), "label temperature, and the share of wrong labels")
+        axes[2].set_xticklabels([f"{place:g}\n{share:.0%}" for place, share in zip(noise, wrong, strict=True)])
     figure.savefig(folder / "study.png")
 
 
-def draw_tuning(folder: Path, numbers: Numbers) -> None:
+def draw_tuning(settings: Settings, numbers: Numbers) -> None:
     """tuning.png: gold reward by KL price."""
     from matplotlib import pyplot
 
@@ -511,8 +526,9 @@ def draw_tuning(folder: Path, numbers: Numbers) -> None:
     prices = GRID["ppo.py"]
     rows = [row for row in BEST[TOY_TEMPERATURE] if row in COLOURS and stage(row) == "ppo.py"]
     lines = {row: torch.stack([numbers[f"{row}: {price}"]["gold_reward"] for price in prices], 1) for row in rows}
-    draw_lines(axis, lines, prices, "KL price: the reward that a nat costs (seeds of tuning)")
-    figure.savefig(folder / "tuning.png")
+    seeds = f"seeds {settings.seed} to {settings.seed + settings.seeds - 1}"
+    draw_lines(axis, lines, prices, f"KL price, in reward a nat (label temperature {TOY_TEMPERATURE:g}, {seeds})")
+    figure.savefig(Path(settings.out) / "tuning.png")
 
 
 def plan(settings: Settings) -> dict[float, list[Run]]:
@@ -556,7 +572,7 @@ def report_tuning(settings: Settings, runs: dict[float, list[Run]]) -> dict:
         print(f"label temperature {temperature:g}: gold reward by setting, mean ± standard error over "
               f"{len(runs[temperature])} seeds; *: the method's best\n{tuning_table(known, list(BEST[temperature]))}\n")
     if settings.figure:
-        draw_tuning(Path(settings.out), numbers[TOY_TEMPERATURE])
+        draw_tuning(settings, numbers[TOY_TEMPERATURE])
     return numbers
 
 
@@ -577,11 +593,12 @@ def report_study(settings: Settings, runs: dict[float, list[Run]]) -> dict:
           f'where gold differs by 0.5 to 1 ("pairs"; said again, gold gap: wherever it differs)\n{shift_table(home)}')
     noise = {temperature: read_numbers(runs[temperature][: settings.noise_seeds], NOISE_ROWS)
              for temperature in sorted(runs) if settings.noise_seeds}
+    wrong = [wrong_labels(runs[temperature][: settings.noise_seeds]) for temperature in noise]
     if len(noise) > 1:
         print("\ngold reward by label temperature (at 0 no label is wrong), mean ± standard error "
-              f"over {settings.noise_seeds} seeds\n{noise_table(noise)}")
+              f"over {settings.noise_seeds} seeds\n{noise_table(noise, wrong)}")
     if settings.figure:
-        draw_study(Path(settings.out), golds, curves, noise)
+        draw_study(Path(settings.out), golds, curves, noise, wrong)
     return {"policies": numbers, "label_temperatures": noise}
 
 

@@ -51,7 +51,7 @@ def fake(tmp_path, monkeypatch):
     rows = ["SFT", "MPO's DPO alone", "MPO"]
     best = {temperature: {"MPO": 0.1, "MPO, random split": 0.1, **BEST[2.0]} for temperature in (2.0, 0.0, 3.0)}
     few = {"ROOT": tmp_path, "STUDY": {row: STUDY[row] for row in rows}, "NOISE_ROWS": rows, "BEST": best, "SHIFT": (),
-           "PPO_ROWS": rows[2:], "RIVALS": {rows[2]: rows[1]}, "shift_table": lambda runs: ""}
+           "PPO_ROWS": rows[2:], "RIVALS": {rows[2]: rows[1]}, "shift_table": len, "wrong_labels": len}
     for name, value in few.items():
         monkeypatch.setattr(study, name, value)
     monkeypatch.chdir(tmp_path)
@@ -199,9 +199,9 @@ def test_tables_by_hand():
     assert re.split("  +", line) == ["MPO", "0.10 ± 0.05", "0.20 ± 0.10", "0.40 ± 0.20", "0.60 ± 0.30*"]
     golds = {row: [0.0, 10.0] for row in study.NOISE_ROWS}, {row: [0.0, 4.0] for row in study.NOISE_ROWS}
     noise = {0.0: make_numbers(**golds[0] | {"MPO": [1.0, 13.0]}), 3.0: make_numbers(**golds[1])}
-    lines = [re.split("  +", line) for line in study.noise_table(noise).splitlines()]
-    assert ["SFT", "5.00 ± 5.00", "2.00 ± 2.00", "3.00 ± 3.00"] in lines
-    assert ["SFT", "+2.00 (-10.71 to +14.71)", "+0.00 (+0.00 to +0.00)"] in lines and len(lines) == 14
+    lines = [re.split("  +", line) for line in study.noise_table(noise, [0.0, 0.363]).splitlines()]
+    assert lines[1:3] == [["wrong labels", "0%", "36%", ""], ["SFT", "5.00 ± 5.00", "2.00 ± 2.00", "3.00 ± 3.00"]]
+    assert ["SFT", "+2.00 (-10.71 to +14.71)", "+0.00 (+0.00 to +0.00)"] in lines and len(lines) == 15
     gold = torch.tensor([[0.0, 1.0, 2.0, 3.0, 2.0], [0.0, 0.0, 1.0, 1.0, 1.0]]).double()  # from step 4, 5, … 8 on
     assert re.split("  +", study.ppo_table({"MPO": {"gold": gold}}, 2.0).splitlines()[1])[3:] == [
         "1.50 ± 0.50", "2.00 ± 1.00", "1.50 ± 0.50", "0.71", "0.50", "6.0 (1 of 2 seeds)"]
@@ -212,22 +212,22 @@ def test_accuracies_on_own_answers_by_the_plain_way_through_the_models(tmp_path,
     gold = torch.tensor([[1, 0], [0, 0], [3, 0], [0, 1], [1, 0.5], [0.25, 0], [2, 1], [0, 0.5], [1.5, 1]])
     models = {name: tiny(seed) for seed, name in enumerate(("sft", *study.IMPLICIT.values()))}
     names = {f"shift_{name}": make_pairs(documents, gold=gold.flip(1)) for name in study.SHIFTED.values()}
-    write(tmp_path, reward=RewardModel(tiny(9)), test=make_pairs(documents, gold=gold), **models, **names)
+    data = make_pairs(documents, gold=gold)
+    write(tmp_path, reward=RewardModel(tiny(9)), test=data, pairs=data, **models, **names)
+    assert study.wrong_labels([Run(tmp_path, 0, {})] * 2) == 2 / 8
     header, data, *others = (re.split("  +", line) for line in shift_table([Run(tmp_path, 0, {})] * 2).splitlines())
     assert header[:5] == ["responses of", "said again", "pairs", "gold gap", "reward model"]
     assert [study.said_again(text) for text in (" A b. C d! A b. A b.", "A b", " A b. A b", "")] == [2, 0, 0, 0]
 
     def share(score) -> str:
-        right = []
-        for (prompt, *sides), known in zip(documents, gold.tolist(), strict=True):
-            if 0.5 <= abs(known[0] - known[1]) <= 1:
-                right.append((score(prompt, sides[0]) > score(prompt, sides[1])) == (known[0] > known[1]))
+        right = [(score(prompt, sides[0]) > score(prompt, sides[1])) == (known[0] > known[1])
+                 for (prompt, *sides), known in zip(documents, gold.tolist(), strict=True)
+                 if 0.5 <= abs(known[0] - known[1]) <= 1]
         return f"{sum(right) / len(right):.1%} ± 0.0%"
 
     scores = [lambda *parts: plain_score(RewardModel(tiny(9)), *parts)]
-    for name in study.IMPLICIT.values():
-        scores.append(lambda *parts, name=name: (
-            plain_logprobs(models[name], *parts).sum() - plain_logprobs(models["sft"], *parts).sum()))
+    scores += [lambda *parts, dpo=models[name]: (
+        plain_logprobs(dpo, *parts) - plain_logprobs(models["sft"], *parts)).sum() for name in study.IMPLICIT.values()]
     gap = f"{gold.diff(dim=1).abs().sum() / 8:.2f} ± 0.00"
     assert data == ["data", "0.00 ± 0.00", "6 ± 0", gap, *map(share, scores)]
     opposite = [f"{100 - float(cell.split('%')[0]):.1f}% ± 0.0%" for cell in data[4:]]

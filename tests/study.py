@@ -390,13 +390,17 @@ def five_places(count: int) -> list[int]:
 
 
 def ppo_curves(runs: list[Run], row: str) -> dict[str, torch.Tensor]:
-    """Gold and model reward of the answers that PPO trains on, means over any 4 successive steps: [runs, steps − 3]."""
+    """Gold and model reward of the answers that PPO trains on, means over those of any 4 successive steps (the last
+    step's may be few): [runs, steps − 3]."""
     curves = {"gold": [], "reward model": []}
     for run in runs:
         log = read_log(run.folder / f"{saved_as(run.rows[row])}.jsonl")
-        curves["gold"].append([step["gold_reward"] for step in log])
-        curves["reward model"].append([step["score"] for step in log])
-    return {name: torch.tensor(values).double().unfold(1, 4, 1).mean(2) for name, values in curves.items()}
+        answers = torch.tensor([step["seconds"] * step["episodes_per_second"] for step in log]).double()
+        answers = answers.unfold(0, 4, 1)  # [steps − 3, 4]
+        for name, key in zip(curves, ("gold_reward", "score"), strict=True):
+            rewards = torch.tensor([step[key] for step in log]).double().unfold(0, 4, 1)
+            curves[name].append((answers * rewards).sum(1) / answers.sum(1))
+    return {name: torch.stack(means) for name, means in curves.items()}
 
 
 def ppo_table(curves: Numbers, level: float) -> str:

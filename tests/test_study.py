@@ -31,7 +31,8 @@ numbers |= {"tokens_per_second": 50.0, "seconds": 2.0} | ({"updates": 16} if scr
 if script == "evaluate":
     (out / save).write_text(json.dumps({name: numbers | {"kl": kl} for kl, name in enumerate(("sft", "dpo", "ppo"))}))
 elif script != "split":
-    (out / f"{save}.jsonl").write_text("".join(json.dumps({"step": n} | numbers) + "\\n" for n in range(5)))
+    changes = [{"step": n, "gold_reward": 0.5 + n // 4, "episodes_per_second": 4 - n} for n in range(5)]
+    (out / f"{save}.jsonl").write_text("".join(json.dumps(numbers | change) + "\\n" for change in changes))
 """
 SLEEP = """
 def interrupted(*_):
@@ -123,8 +124,8 @@ def test_tuning_tries_every_setting_once_and_each_temperature_has_its_own():
 
 
 def test_each_command_runs_once_in_order_and_never_again(fake, capsys):
-    """Two seeds, and two for each label temperature but the world's own; then one seed more. The numbers of
-    all commands that a policy needs: 5 steps of the reward model, 5 of DPO, 5 of PPO with 16 updates, of 100 tokens."""
+    """Two seeds, two for each label temperature but the world's own; then one seed more. The numbers of all commands
+    that a policy needs: 5 steps of each; of PPO with 16 updates, 100 tokens and, in the last (gold 1.5), no answer."""
     call, folder, _ = fake
     call("--noise-seeds 2")
     first = capsys.readouterr().out
@@ -174,9 +175,8 @@ def test_ctrl_c_or_sigterm_lets_a_command_save_its_state_once(fake, number):
     (folder / "do_reward").write_text(SLEEP.replace("time.sleep", f"os.kill(os.getppid(), {number:d})\ntime.sleep"))
     with pytest.raises(KeyboardInterrupt):
         call("--parallel 1")
-    assert (folder / "reward.state.pt").read_text() == f"{study.CORES} True\n"
+    assert (folder / "reward.state.pt").read_text() == f"{study.CORES} True\n" and not (other / "study.log").exists()
     assert not json.loads((folder / "commands.json").read_text())["reward.py"]["done"]
-    assert not (other / "study.log").exists()
 
 
 def make_numbers(**golds):

@@ -514,8 +514,9 @@ def draw_study(folder: Path, golds: dict[str, torch.Tensor], curves: Numbers, no
     places = five_places(curves["MPO"]["gold"].shape[1])  # ppo_table's, of the rows that have a colour
     drawn = {row: curves[row]["gold"][:, places] for row in PPO_ROWS if row in COLOURS}
     draw_lines(axes[1], drawn, [place + 4 for place in places], "PPO step, the last of the 4 averaged")
-    axes[0].set_title(f"label temperature {TOY_TEMPERATURE:g}, at the end")
-    axes[1].set(title=f"label temperature {TOY_TEMPERATURE:g}, while PPO trains", ylabel="gold reward of PPO's answers")
+    home = f"label temperature {TOY_TEMPERATURE:g}"
+    axes[0].set_title(f"{home}, at the end")
+    axes[1].set(title=f"{home}, while PPO trains", ylabel="gold reward of PPO's answers ± standard error")
     if len(noise) > 1:
         lines = {row: torch.stack([one[row]["gold_reward"] for one in noise.values()], 1) for row in NOISE_ROWS[1:]}
         draw_lines(axes[2], lines, list(noise), "label temperature, and the share of wrong labels")

@@ -53,7 +53,7 @@ def fake(tmp_path, monkeypatch):
     best = {temperature: {"MPO": 0.1, "MPO, random split": 0.1, **BEST[2.0]} for temperature in (2.0, 0.0, 3.0)}
     few = {"ROOT": tmp_path, "STUDY": {row: STUDY[row] for row in rows}, "NOISE_ROWS": rows, "BEST": best, "SHIFT": (),
            "PPO_ROWS": rows[2:], "RIVALS": {rows[2]: rows[1]}, "shift_table": len, "wrong_labels": len}
-    for name, value in few.items():
+    for name, value in few.items():  # len stands for what would read files
         monkeypatch.setattr(study, name, value)
     monkeypatch.chdir(tmp_path)
     folders = tmp_path / "out of it" / "seed7", tmp_path / "out of it" / "seed8"
@@ -124,8 +124,8 @@ def test_tuning_tries_every_setting_once_and_each_temperature_has_its_own():
 
 
 def test_each_command_runs_once_in_order_and_never_again(fake, capsys):
-    """Two seeds, two for each label temperature but the world's own; then one seed more. The numbers of all commands
-    that a policy needs: 5 steps of each; of PPO with 16 updates, 100 tokens and, in the last (gold 1.5), no answer."""
+    """Two seeds, two for each label temperature but the world's own; then one seed more. A policy's commands take 5
+    steps each, PPO's with 16 updates and 100 tokens; the last has no answers, so its gold, 1.5, does not count."""
     call, folder, _ = fake
     call("--noise-seeds 2")
     first = capsys.readouterr().out

@@ -321,11 +321,12 @@ def read_row(run: Run, row: str) -> dict[str, float]:
     steps = [step for command in commands for step in read_log(run.folder / f"{saved_as([command])}.jsonl")]
     tokens = sum(step["generated"] if "generated" in step else step["tokens_per_second"] * step["seconds"]
                  for step in steps if "updates" in step)  # split.py's and PPO's steps
-    last = read_log(run.folder / f"{saved_as(commands)}.jsonl")[-4:]
-    entropies = [step["entropy"] for step in last if "entropy" in step] or [math.nan]
+    last = [step for step in read_log(run.folder / f"{saved_as(commands)}.jsonl")[-4:] if "entropy" in step]
+    answered = [step["tokens_per_second"] * step["seconds"] for step in last]  # tokens: the last step's may be few
+    entropy = sum(step["entropy"] * count for step, count in zip(last, answered, strict=True))
     took = {"updates": sum(step.get("updates", 1) for step in steps), "tokens": tokens,
             "seconds": sum(run.record[command]["seconds"] for command in commands),
-            "entropy": sum(entropies) / len(entropies)}
+            "entropy": entropy / sum(answered) if last else math.nan}
     return evaluation[saved_as(commands)] | took
 
 

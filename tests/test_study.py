@@ -23,15 +23,15 @@ import json, os, pathlib, signal, sys, time
 script, arguments = pathlib.Path(sys.argv[0]).stem, sys.argv[1:]
 out = pathlib.Path(arguments[arguments.index("--out") + 1])
 print(script, *arguments, file=(out / "called.txt").open("a"))
-if (out / f"do_{script}").exists():
-    exec((out / f"do_{script}").read_text())
+exec((out / f"do_{script}").read_text() if (out / f"do_{script}").exists() else "")
 save = (arguments[arguments.index("--save") + 1] if "--save" in arguments else script).removesuffix(".pt")
 numbers = dict.fromkeys(("gold_reward", "reward", "win_rate_vs_sft", "kl", "length", "ended", "score"), 0.5)
-numbers |= {"tokens_per_second": 50.0, "seconds": 2.0} | ({"updates": 16} if script == "ppo" else {})
+numbers |= {"seconds": 2.0} | ({"updates": 16} if script == "ppo" else {})
 if script == "evaluate":
     (out / save).write_text(json.dumps({name: numbers | {"kl": kl} for kl, name in enumerate(("sft", "dpo", "ppo"))}))
 elif script != "split":
-    changes = [{"step": n, "gold_reward": 0.5 + n // 4, "episodes_per_second": 4 - n} for n in range(5)]
+    changes = [{"step": n, "gold_reward": 0.5 + n // 4, "episodes_per_second": 4 - n, "tokens_per_second": 25 * n,
+                "entropy": n} for n in range(5)]
     (out / f"{save}.jsonl").write_text("".join(json.dumps(numbers | change) + "\\n" for change in changes))
 """
 SLEEP = """
@@ -125,7 +125,7 @@ def test_tuning_tries_every_setting_once_and_each_temperature_has_its_own():
 
 def test_each_command_runs_once_in_order_and_never_again(fake, capsys):
     """Two seeds, two for each label temperature but the world's own; then one seed more. A policy's commands take 5
-    steps each, PPO's with 16 updates and 100 tokens; the last has no answers, so its gold, 1.5, does not count."""
+    steps each, PPO's with 16 updates; step n has 50 n tokens of entropy n (1 to 4: 30 / 10), the last no answers."""
     call, folder, _ = fake
     call("--noise-seeds 2")
     first = capsys.readouterr().out
@@ -138,11 +138,11 @@ def test_each_command_runs_once_in_order_and_never_again(fake, capsys):
     for place in made:
         assert calls(folder.parent / place) == expected(study.WORLD + noise.get(place.parts[0], ""))
         assert calls(folder.parent / place)[-1].startswith("evaluate --policies sft.pt dpo.pt ppo.pt ")
-    record, keys = json.loads((folder / "commands.json").read_text()), ("updates", "tokens", "kl", "seconds")
+    record, keys = json.loads((folder / "commands.json").read_text()), ("updates", "tokens", "kl", "seconds", "entropy")
     seconds = sum(record[command]["seconds"] for command in STUDY["MPO"])
     policies = json.loads((folder.parent / "study.json").read_text())["policies"]
-    assert [policies["MPO"][key][0] for key in keys] == [5 + 5 + 5 * 16, 5 * 100, 2, pytest.approx(seconds)]
-    assert [policies["SFT"][key] for key in keys] == [[0] * 3] * 4
+    assert [policies["MPO"][key][0] for key in keys] == [5 + 5 + 5 * 16, 5 * 100, 2, pytest.approx(seconds), 3]
+    assert [policies["SFT"][key] for key in keys[:4]] == [[0] * 3] * 4
     *before, last = STUDY["MPO"]
     study.STUDY = study.STUDY | {"MPO": [*before, last.replace("0.2", "0.9")]}  # another price
     call()  # evaluates what is new
